@@ -1,0 +1,40 @@
+"""``optimize``: a denoiser and a mask in, a faster denoiser out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from maskcompile.mask import Mask
+from maskcompile.runtime import OptimizedDenoiser
+from maskcompile.signature import check_capturable
+
+
+def optimize(
+    model: nn.Module,
+    mask: Mask,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    timestep: str | None = None,
+    **compile_options: Any,
+) -> OptimizedDenoiser:
+    """A drop-in for ``model`` that reuses block outputs as ``mask`` says: ``pipe.unet = optimize(pipe.unet, mask)``.
+
+    Captures at the first call, once per input signature, and compiles each distinct graph once, when it is first needed or in
+    ``.warmup(*example_inputs)``. The model itself is not changed, and its weights are shared, not copied.
+
+    backend: "inductor", "eager" (the fx graphs as they are), or any backend of torch.compile.
+    timestep: the name of the forward parameter that carries the timestep, where it is not a usual one.
+    compile_options: passed to torch.compile (mode, options, dynamic).
+
+    Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with offloading hooks, or already
+    optimised. At the first call CaptureError where the model cannot be captured.
+    """
+    if isinstance(model, OptimizedDenoiser):
+        raise ValueError("this denoiser is already optimised; use fast.set_mask(mask), or optimize(fast.original, mask).")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes a denoiser (nn.Module); got {type(model).__name__}. For a pipeline, pass its unet or transformer.")
+    check_capturable(model)
+    return OptimizedDenoiser(model, mask, backend=backend, timestep=timestep, options=compile_options)

@@ -1,0 +1,59 @@
+"""What ``fast.report()`` returns; ``print`` shows it readably."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SignatureReport:
+    """For one input signature: a whole run's MACs without and with the mask, cache memory at its peak, graphs, seconds.
+
+    compile_seconds: of the first call of each graph compiled so far.
+    """
+
+    inputs: str
+    full_macs: int
+    macs: int
+    peak_cache_bytes: int
+    graphs: int
+    capture_seconds: float
+    compile_seconds: tuple[float, ...]
+
+    @property
+    def share(self) -> float:
+        return self.macs / self.full_macs if self.full_macs else 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of an optimised denoiser. calls: since the mask was set; reusing_calls: those that reused any block."""
+
+    denoiser: str
+    backend: str
+    blocks: int
+    steps: int
+    signatures: tuple[SignatureReport, ...]
+    calls: int
+    reusing_calls: int
+    unknown_timesteps: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.denoiser}: mask of {self.steps} steps x {self.blocks} blocks, backend {self.backend}"]
+        if not self.signatures:
+            lines.append("  not captured yet: the first call, or warmup(), captures and compiles")
+        for s in self.signatures:
+            speedup = s.full_macs / s.macs if s.macs else float("inf")
+            lines += [
+                f"  inputs {s.inputs}",
+                f"    MACs a run   {s.full_macs / 1e9:.2f}G -> {s.macs / 1e9:.2f}G ({s.share:.1%}, at most {speedup:.2f}x faster)",
+                f"    cache        {s.peak_cache_bytes / 2**20:.2f} MiB at its peak",
+                f"    graphs       {s.graphs} for a whole run, {len(s.compile_seconds)} compiled in "
+                f"{sum(s.compile_seconds):.1f} s after {s.capture_seconds:.1f} s of capture",
+            ]
+        lines.append(f"  calls          {self.calls}, of which {self.reusing_calls} reused at least one block")
+        if self.unknown_timesteps:
+            lines.append(f"  NOT IN THE MASK {self.unknown_timesteps} calls had a timestep the mask does not know: computed in full")
+        lines.append(f"  held now       {self.cache_bytes / 2**20:.2f} MiB")
+        return "\n".join(lines)

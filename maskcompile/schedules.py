@@ -1,0 +1,75 @@
+"""Published static schedules, as masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import networkx as nx
+import numpy as np
+import torch
+
+from maskcompile.mask import Mask, MaskError
+from maskcompile.program import Program
+from passes.dependencies import OUTPUT
+
+
+def uniform(program: Program, timesteps: Iterable[float], interval: int) -> Mask:
+    """Everything at every ``interval``-th step, nothing in between.
+
+    FORA (Selvaraju et al. 2024, arXiv 2407.01425), section 3: attention and MLP outputs of a DiT are recomputed at every N-th
+    step. timesteps: the values with which the denoiser is called, in sampling order.
+    """
+    steps = tuple(timesteps)
+    full = _full_steps(len(steps), interval)
+    return _mask(program, steps, np.repeat(full[:, None], len(program.blocks), 1), schedule="uniform", interval=interval)
+
+
+def deepcache(program: Program, timesteps: Iterable[float], interval: int, depth: int = 1) -> Mask:
+    """Everything at every ``interval``-th step; in between only the ``depth`` shallowest levels of a U-shaped denoiser.
+
+    DeepCache (Ma et al. 2023, arXiv 2312.00858), section 3.2 with uniform 1:N inference: the deep branch is taken from the
+    last full step, the shallow skip path always runs. A level is the blocks that lie on equally short ways from the input to the
+    result in the dependency graph, so that ``depth=1`` keeps the outermost skip connection alone. Raises MaskError when the
+    denoiser is not U-shaped (all blocks lie on one level) or has no more than ``depth`` levels.
+    """
+    steps = tuple(timesteps)
+    levels = _levels(program)
+    distinct = sorted(set(levels.values()))
+    if len(distinct) < 2:
+        raise MaskError(
+            f"deepcache needs a U-shaped denoiser with long skip connections; the blocks of {program.denoiser} all lie on one "
+            "level. Use schedules.uniform."
+        )
+    if not 1 <= depth < len(distinct):
+        raise MaskError(f"depth must be 1 to {len(distinct) - 1} for {program.denoiser}; got {depth}.")
+    shallow = np.array([levels[name] in distinct[:depth] for name in program.names], dtype=np.bool_)
+    compute = _full_steps(len(steps), interval)[:, None] | shallow[None, :]
+    return _mask(program, steps, compute, schedule="deepcache", interval=interval, depth=depth)
+
+
+def _levels(program: Program) -> dict[str, int]:
+    """Blocks on the shortest way input -> block -> result, for each block that lies on any such way."""
+    graph = program.dependencies
+    # Only the sample counts as the input: the timestep reaches every block directly.
+    source = f"input:{program.capture.names[0]}"
+    from_input = nx.single_source_shortest_path_length(graph, source)
+    to_output = nx.single_source_shortest_path_length(graph.reverse(copy=False), OUTPUT)
+    far = graph.number_of_nodes() * 2
+    return {name: from_input.get(name, far) + to_output.get(name, far) - 1 for name in program.names}
+
+
+def _full_steps(steps: int, interval: int) -> np.ndarray:
+    if interval < 1:
+        raise MaskError(f"interval must be at least 1; got {interval}.")
+    return np.arange(steps) % interval == 0
+
+
+def _mask(program: Program, timesteps: tuple[float, ...], compute: np.ndarray, **provenance: object) -> Mask:
+    return Mask(
+        compute,
+        blocks=program.names,
+        timesteps=timesteps,
+        denoiser=program.denoiser,
+        block_hash=program.block_hash,
+        provenance={**provenance, "torch": torch.__version__},
+    )

@@ -1,0 +1,8 @@
+"""The compiler passes: capture -> blocks -> dependencies -> rectify -> plan -> specialise, a file and a plain function each.
+
+They know graphs, not models: nothing here imports diffusers or asks for the class of a denoiser. ``maskcompile`` is the
+package to use; this one is what it is made of.
+"""
+
+#: Lets ``import maskcompile`` tell these passes from a module of the same name in the user's own folder.
+OWNER = "maskcompile"

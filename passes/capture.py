@@ -1,0 +1,256 @@
+"""Pass 1: capture a denoiser as one functional ``torch.fx`` graph in which module outputs are marked.
+
+``torch.export`` flattens a model into aten operations and forgets where a module's output is: a no-op on a block's input or
+a tuple output makes it impossible to read that off the graph afterwards. Temporary forward hooks therefore pass every output
+tensor of the marked modules through an identity operator, ``maskcompile::mark``, that survives export. In the captured graph
+a mark node *is* the output of a block; later passes cut there, and none of them ever executes a mark.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from passes.macs import count_macs
+
+_LIBRARY = torch.library.Library("maskcompile", "DEF")
+_LIBRARY.define("mark(Tensor x, str block, int call, int index) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "mark", "CompositeExplicitAutograd")
+def _mark(x: Tensor, block: str, call: int, index: int) -> Tensor:
+    return x.clone()
+
+
+@torch.library.register_fake("maskcompile::mark", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _mark_fake(x: Tensor, block: str, call: int, index: int) -> Tensor:
+    # The strides are kept: code after the mark may view where it could not view a contiguous copy, and the reverse.
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+MARK = torch.ops.maskcompile.mark.default
+
+
+class CaptureError(RuntimeError):
+    """A denoiser could not be captured; the message names the operation and the module."""
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """One output tensor of one call of a block within a step."""
+
+    block: str
+    call: int
+    index: int
+
+    def __str__(self) -> str:
+        return self.block + (f"@{self.call}" if self.call else "") + (f"[{self.index}]" if self.index else "")
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a marked module: its slots, and the calls of other marked modules that it happened within."""
+
+    block: str
+    call: int
+    slots: tuple[Slot, ...]
+    enclosing: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A denoiser captured at one input signature.
+
+    graph_module: functional aten graph with marks; its parameters are the model's own Parameter objects.
+    inputs: the placeholder of each tensor leaf of ``(args, kwargs)``, in pytree order.
+    names: a readable name for each of ``inputs``.
+    outputs: the leaves of the result, a Node or a constant each; ``out_spec`` puts them together again.
+    calls: the marked module calls, in the order in which they returned.
+    marks: the mark node of each slot.
+    macs: multiply-accumulates of each node that has any.
+    """
+
+    graph_module: GraphModule
+    inputs: tuple[Node, ...]
+    names: tuple[str, ...]
+    outputs: tuple[Any, ...]
+    out_spec: pytree.TreeSpec
+    calls: tuple[BlockCall, ...]
+    marks: Mapping[Slot, Node]
+    macs: Mapping[Node, int]
+
+
+def composite_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules that have children of their own, the root excepted: what may be a block by default."""
+    return [name for name, module in model.named_modules() if name and next(module.children(), None) is not None]
+
+
+def module_of(node: Node) -> tuple[str, ...]:
+    """The module paths that ``node`` was executed in, outermost first, the root excepted."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(path.split("@")[0] for path, _ in stack.values() if path)
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], marked: Iterable[str]) -> Capture:
+    """Capture ``model(*args, **kwargs)`` with the outputs of the ``marked`` modules as marks.
+
+    The model is run once before (some denoisers fill caches of constants at their first call, which must not happen under
+    fake tensors), and left as it was: hooks removed, attributes restored. The captured graph is checked against that run.
+
+    Raises CaptureError when the denoiser cannot be exported, writes to its buffers or inputs, or gives other values once
+    captured; whatever the model itself raises on these inputs is raised as it is.
+    """
+    with torch.no_grad():
+        expected = model(*args, **kwargs)
+        attributes = {module: dict(vars(module)) for module in model.modules()}
+        with _marking(model, set(marked)) as trail:
+            try:
+                exported = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            except Exception as error:
+                raise CaptureError(_describe(model, error, trail.open)) from error
+            finally:
+                _restore(attributes)
+        exported = exported.run_decompositions({})
+    signature = exported.graph_signature
+    if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
+        raise CaptureError(
+            f"{type(model).__name__} writes to {written[0]!r} in its forward; a captured graph must not have side effects."
+        )
+    graph_module = exported.module(check_guards=False)
+    assert isinstance(graph_module, GraphModule)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    captured = _read(graph_module, args, kwargs, out_spec, trail.calls)
+    _check(captured, args, kwargs, expected, type(model).__name__)
+    return captured
+
+
+@dataclass
+class _Trail:
+    """What the marking hooks saw: marked calls that returned, and all module calls that are still open."""
+
+    calls: list[BlockCall]
+    open: list[tuple[str, int]]
+
+
+@contextmanager
+def _marking(model: nn.Module, marked: set[str]) -> Iterator[_Trail]:
+    trail = _Trail([], [])
+    counts: Counter[str] = Counter()
+    handles = []
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            if not name:
+                trail.calls.clear(), trail.open.clear(), counts.clear()
+            trail.open.append((name, counts[name]))
+            counts[name] += 1
+
+        return hook
+
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            while trail.open and trail.open[-1][0] != name:  # calls that ended in an exception the model caught
+                trail.open.pop()
+            _, call = trail.open.pop()
+            if name not in marked:
+                return None
+            leaves, spec = pytree.tree_flatten(output)
+            slots = []
+            for position, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    slot = Slot(name, call, len(slots))
+                    leaves[position] = MARK(leaf, name, call, slot.index)
+                    slots.append(slot)
+            enclosing = tuple((block, n) for block, n in trail.open if block in marked)
+            trail.calls.append(BlockCall(name, call, tuple(slots), enclosing))
+            return pytree.tree_unflatten(leaves, spec)
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+            handles.append(module.register_forward_hook(leave(name)))
+        yield trail
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _restore(attributes: Mapping[nn.Module, dict[str, Any]]) -> None:
+    """Undo what tracing assigned to modules: a table filled under fake tensors would break the model itself."""
+    for module, before in attributes.items():
+        now = vars(module)
+        for key in [key for key in now if key not in before]:
+            del now[key]
+        for key, value in before.items():
+            if now.get(key) is not value:
+                now[key] = value
+
+
+def _describe(model: nn.Module, error: Exception, open_calls: Sequence[tuple[str, int]]) -> str:
+    """One sentence: the model, the module whose call did not return, the line of its code, and what torch said."""
+    where = next((name for name, _ in reversed(open_calls) if name), "")
+    place = f"module {where!r} ({type(model.get_submodule(where)).__name__})" if where else "its own forward"
+    torch_folder = torch.__file__.rsplit("/", 1)[0]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torch_folder) and f.line]
+    frames = [f for f in frames if f.filename != __file__]
+    operation = f" at `{frames[-1].line}`" if frames else ""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{type(model).__name__} cannot be captured: torch.export stopped in {place}{operation}: {reason}"
+
+
+def _read(
+    graph_module: GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    out_spec: pytree.TreeSpec,
+    calls: Sequence[BlockCall],
+) -> Capture:
+    """Find inputs, outputs and marks in an exported module."""
+    nodes = graph_module.graph.nodes
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    if len(placeholders) != len(leaves):
+        raise CaptureError(f"the captured graph has {len(placeholders)} inputs where the call has {len(leaves)}.")
+    inputs = tuple(p for p, leaf in zip(placeholders, leaves, strict=True) if isinstance(leaf, Tensor))
+    (output,) = (node for node in nodes if node.op == "output")
+    marks = {Slot(*node.args[1:]): node for node in nodes if node.target is MARK}
+    # A slot without a mark was computed and thrown away by the model itself (a last block's second output, say).
+    kept = tuple(BlockCall(c.block, c.call, tuple(s for s in c.slots if s in marks), c.enclosing) for c in calls)
+    return Capture(
+        graph_module=graph_module,
+        inputs=inputs,
+        names=tuple(node.name for node in inputs),
+        outputs=tuple(pytree.tree_leaves(output.args[0])),
+        out_spec=out_spec,
+        calls=kept,
+        marks=marks,
+        macs=count_macs(graph_module),
+    )
+
+
+def _check(captured: Capture, args: Sequence[Any], kwargs: Mapping[str, Any], expected: Any, model_name: str) -> None:
+    """The captured graph must return what the model returned; meta and fake tensors have no values to compare."""
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+        return
+    with torch.no_grad():
+        actual = captured.graph_module(*args, **kwargs)
+    for ours, theirs in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        if isinstance(theirs, Tensor) and not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):
+            worst = (ours.float() - theirs.float()).abs().max().item()
+            raise CaptureError(
+                f"{model_name} computes something else once captured (largest difference {worst:.3g}): its forward depends "
+                "on state or Python values that torch.export cannot see."
+            )

@@ -1,0 +1,142 @@
+"""Pass 3: who consumes whose output, as ``networkx`` graphs.
+
+Two graphs. The slot graph is what the later passes work on: one node for each output tensor of each block call, an edge where
+computing one needs the other, through glue (the operations outside every block). The block graph is what people look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+from torch.fx import Node
+
+from passes.blocks import Block, tensor_info
+from passes.capture import BlockCall, Capture, Slot
+
+#: The node of the slot graph and the block graph that stands for the denoiser's result.
+OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slot graph of some blocks of a capture.
+
+    needs: the slots (reused or computed) that computing a slot, or OUTPUT, reads directly.
+    work: the nodes with MACs between a slot, or OUTPUT, and the slots that it reads.
+    size: bytes of each slot.
+    calls: the calls of these blocks in the order in which they returned, enclosing calls restricted to these blocks.
+    """
+
+    needs: dict[Slot | str, frozenset[Slot]]
+    work: dict[Slot | str, frozenset[Node]]
+    size: dict[Slot, int]
+    calls: tuple[BlockCall, ...]
+    macs: dict[Node, int]
+
+    @property
+    def total_macs(self) -> int:
+        """MACs of one step that computes everything its result depends on."""
+        return self.macs_of(self.reach(frozenset(), frozenset())[0])
+
+    def macs_of(self, computed: Iterable[Slot | str]) -> int:
+        """MACs of computing the given slots (and OUTPUT) with shared work counted once."""
+        nodes: set[Node] = set()
+        for slot in computed:
+            nodes |= self.work[slot]
+        return sum(self.macs[node] for node in nodes)
+
+    def reach(self, reused: frozenset[Slot], stored: frozenset[Slot]) -> tuple[set[Slot | str], set[Slot]]:
+        """(what must be computed, which of ``reused`` are read) for one step that returns its result and ``stored``."""
+        computed: set[Slot | str] = {OUTPUT, *stored}
+        read: set[Slot] = set()
+        pending = list(computed)
+        while pending:
+            for slot in self.needs[pending.pop()]:
+                if slot in reused:
+                    read.add(slot)
+                elif slot not in computed:
+                    computed.add(slot)
+                    pending.append(slot)
+        return computed, read
+
+
+def slot_dependencies(capture: Capture, blocks: Iterable[str]) -> Slots:
+    """Build the slot graph of ``blocks``; marks of other modules count as glue."""
+    chosen = set(blocks)
+    cuts = {node: slot for slot, node in capture.marks.items() if slot.block in chosen}
+    needs: dict[Slot | str, frozenset[Slot]] = {}
+    work: dict[Slot | str, frozenset[Node]] = {}
+    for slot, roots in [*((s, [n]) for n, s in cuts.items()), (OUTPUT, result_nodes(capture))]:
+        needs[slot], work[slot] = _cone(roots, cuts, capture, slot)
+    calls = tuple(
+        BlockCall(c.block, c.call, c.slots, tuple(outer for outer in c.enclosing if outer[0] in chosen))
+        for c in capture.calls
+        if c.block in chosen and c.slots
+    )
+    size = {slot: tensor_info(node).bytes for node, slot in cuts.items()}
+    return Slots(needs, work, size, calls, dict(capture.macs))
+
+
+def result_nodes(capture: Capture) -> list[Node]:
+    """The nodes among the leaves of the denoiser's result."""
+    return [leaf for leaf in capture.outputs if isinstance(leaf, Node)]
+
+
+def _cone(
+    roots: Sequence[Node], cuts: dict[Node, Slot], capture: Capture, slot: Slot | str
+) -> tuple[frozenset[Slot], frozenset[Node]]:
+    """Walk back from ``roots`` to the nearest cuts: (slots met, nodes with MACs passed)."""
+    met: set[Slot] = set()
+    passed: set[Node] = set()
+    seen: set[Node] = set()
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in cuts and cuts[node] != slot:
+            met.add(cuts[node])
+            continue
+        if node in capture.macs:
+            passed.add(node)
+        pending.extend(node.all_input_nodes)
+    return frozenset(met), frozenset(passed)
+
+
+def block_dependencies(capture: Capture, blocks: Sequence[Block]) -> nx.DiGraph:
+    """The graph of blocks: an edge a -> b where b, or glue on the way to it, reads an output of a.
+
+    Nodes: block names with ``kind`` (see Block), ``macs`` and ``bytes`` (of the outputs); ``input:<name>`` for each tensor
+    input of the denoiser that reaches a block or the result; ``output``. Input and output nodes have the kinds "input" and
+    "output". What flows within an outer block to a block nested in it shows as an edge too.
+    """
+    names = {block.name for block in blocks}
+    graph = nx.DiGraph()
+    for block in blocks:
+        graph.add_node(block.name, kind=block.kind, macs=block.macs, bytes=sum(o.bytes for o in block.outputs))
+    graph.add_node(OUTPUT, kind="output", macs=0, bytes=sum(tensor_info(n).bytes for n in result_nodes(capture)))
+    origin: dict[Node, frozenset[str]] = {}
+    readable = dict(zip(capture.inputs, capture.names, strict=True))
+    marked = {mark: slot.block for slot, mark in capture.marks.items() if slot.block in names}
+    for node in capture.graph_module.graph.nodes:
+        if node in readable:
+            origin[node] = frozenset({f"input:{readable[node]}"})
+            continue
+        sources = frozenset().union(*(origin.get(source, frozenset()) for source in node.all_input_nodes))
+        if (block := marked.get(node)) is not None:
+            _connect(graph, sources - {block}, block)
+            sources = frozenset({block})
+        origin[node] = sources
+    for node in result_nodes(capture):
+        _connect(graph, origin[node], OUTPUT)
+    return graph
+
+
+def _connect(graph: nx.DiGraph, sources: Iterable[str], target: str) -> None:
+    for source in sorted(sources):
+        if source not in graph:
+            graph.add_node(source, kind="input", macs=0, bytes=0)
+        graph.add_edge(source, target)

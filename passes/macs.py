@@ -1,0 +1,56 @@
+"""Multiply-accumulates of graph nodes, counted without computing anything.
+
+``torch.utils.flop_counter.FlopCounterMode`` counts two FLOPs for a multiply-accumulate, and convolutions, matrix products and
+attention (both of its products) only: the convention of the DiT and DDPM papers. Normalisations and pointwise work are 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(graph_module: GraphModule) -> dict[Node, int]:
+    """MACs of each node of an exported graph that has any, from the fake tensors in ``node.meta["val"]``."""
+    values = [node.meta["val"] for node in graph_module.graph.nodes if "val" in node.meta]
+    fake_mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    macs: dict[Node, int] = {}
+    if fake_mode is None:
+        return macs
+    attributes: dict[str, Any] = {}
+
+    def value_of(node: Node) -> Any:
+        if "val" in node.meta:
+            return node.meta["val"]
+        if node.target not in attributes:
+            tensor = _attribute(graph_module, str(node.target))
+            attributes[str(node.target)] = fake_mode.from_tensor(tensor, static_shapes=True)
+        return attributes[str(node.target)]
+
+    with torch.no_grad(), fake_mode:
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and _may_multiply(node.target):
+                args, kwargs = map_arg((node.args, node.kwargs), value_of)
+                with FlopCounterMode(display=False) as counter:
+                    node.target(*args, **kwargs)
+                if flops := int(counter.get_total_flops()):
+                    macs[node] = flops // 2
+    return macs
+
+
+def _may_multiply(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "maskcompile":
+        return False
+    return not (target.is_view or torch.Tag.pointwise in target.tags or target.name().startswith("aten::_assert"))
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
