@@ -240,7 +240,7 @@ class OptimizedDenoiser(nn.Module):
             warnings.warn(
                 f"the mask ({len(steps)} steps, {steps[0]:g} to {steps[-1]:g}) does not know {what}; such calls compute every "
                 "block. Use the scheduler and number of steps that the mask was made for.",
-                stacklevel=6,
+                stacklevel=8,
             )
         self._unknown += 1
 

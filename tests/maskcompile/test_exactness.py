@@ -1,0 +1,74 @@
+"""A masked run gives what the executor gives, bit for bit on CPU in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import maskcompile as mc
+from tests.denoisers import BUILDERS, denoiser, tensors_of
+from tests.executor import Executor
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module", params=[*BUILDERS])
+def traced(request):
+    case = denoiser(request.param)
+    args, kwargs = case.inputs(2, case.timesteps[0], 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    fast = mc.optimize(case.model, mc.Mask.full(program.names, case.timesteps), backend="eager")
+    return case, program, fast
+
+
+def rows(width: int):
+    """Masks of every density, with rows that skip or compute everything among them."""
+    whole = st.sampled_from([None, None, True, False])
+    return st.tuples(arrays(np.bool_, (STEPS, width)), st.lists(whole, min_size=STEPS, max_size=STEPS)).map(
+        lambda drawn: np.array([row if w is None else np.full(width, w) for row, w in zip(*drawn, strict=True)])
+    )
+
+
+def test_a_full_mask_is_eager(traced):
+    case, program, fast = traced
+    fast.set_mask(mc.Mask.full(program.names, case.timesteps))
+    for step, timestep in enumerate(case.timesteps):
+        args, kwargs = case.inputs(2, timestep, step)
+        ours = fast(*args, **kwargs)
+        with torch.no_grad():
+            theirs = case.model(*args, **kwargs)
+        assert type(ours) is type(theirs)
+        for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+            assert torch.equal(a, b)
+    assert fast.report().reusing_calls == 0
+
+
+def test_any_mask_is_the_executor(traced):
+    case, program, fast = traced
+    calls = [case.inputs(2, timestep, step) for step, timestep in enumerate(case.timesteps)]
+    differs = False
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(rows(len(program.names)))
+    def check(compute):
+        nonlocal differs
+        fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps))
+        executor = Executor(case.model, program.names, compute)
+        for step, (args, kwargs) in enumerate(calls):
+            expected = executor.step(step, *args, **kwargs)
+            for ours, theirs in zip(tensors_of(fast(*args, **kwargs)), tensors_of(expected), strict=True):
+                assert torch.equal(ours, theirs), f"step {step}"
+                differs = differs or step > 0
+        assert fast.cache_bytes == 0
+
+    check()
+    # The blocks must matter, or the comparison above would pass whatever a mask does.
+    reuse = Executor(case.model, program.names, [[True] * len(program.names), [False] * len(program.names)])
+    reuse.step(0, *calls[0][0], **calls[0][1])
+    reused = tensors_of(reuse.step(1, *calls[1][0], **calls[1][1]))
+    with torch.no_grad():
+        assert not torch.equal(reused[0], tensors_of(case.model(*calls[1][0], **calls[1][1]))[0])

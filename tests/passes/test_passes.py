@@ -1,0 +1,215 @@
+"""The passes one by one, on graphs small enough to work out by hand and on real denoisers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import maskcompile as mc
+from passes.capture import CaptureError, Slot, capture, composite_modules
+from passes.dependencies import OUTPUT, slot_dependencies
+from passes.plan import GraphKey, plan_run, share_graphs
+from passes.rectify import rectify
+from passes.specialise import specialise
+from tests.denoisers import denoiser
+from tests.toys import Chain
+
+A, B, C = Slot("a", 0, 0), Slot("b", 0, 0), Slot("c", 0, 0)
+
+
+@pytest.fixture(scope="module")
+def chain():
+    model = Chain().eval()
+    found = capture(model, (torch.randn(2, 4), torch.tensor(500)), {}, composite_modules(model))
+    return found, slot_dependencies(found, ["a", "b", "c"])
+
+
+def plans(slots, *rows):
+    return plan_run(slots, ["a", "b", "c"], np.array([[c == "1" for c in row] for row in rows]))
+
+
+def test_slot_dependencies_of_the_chain(chain):
+    _, slots = chain
+    assert slots.needs == {A: frozenset(), B: {A}, C: {A, B}, OUTPUT: {C}}
+    # Two linear layers a block, 2 x 4 x 8 and 2 x 8 x 4.
+    assert slots.macs_of([A]) == slots.macs_of([B]) == slots.macs_of([C]) == 2 * 2 * 4 * 8
+    assert slots.total_macs == 3 * 2 * 2 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "reads", "stores", "computed"),
+    [
+        # Reusing the last block makes the others dead, although the mask computes them.
+        (["111", "110"], [(), (C,)], [(C,), ()], [("a", "b", "c"), ()]),
+        # b is held over two steps; a is recomputed for c and not stored.
+        (["111", "101", "101"], [(), (B,), (B,)], [(B,), (), ()], [("a", "b", "c"), ("a", "c"), ("a", "c")]),
+        # a is computed at step 1 for nobody at that step (b, c reused), but read at step 2.
+        (["111", "100", "011"], [(), (C,), (A,)], [(C,), (A,), ()], [("a", "b", "c"), ("a",), ("b", "c")]),
+        # Nothing is there to reuse at the first step.
+        (["000", "000"], [(), (C,)], [(C,), ()], [("a", "b", "c"), ()]),
+        # A reuse that nobody reads (b under a reused c) is dropped, and b is not stored for it.
+        (["111", "100", "111"], [(), (C,), ()], [(C,), (), ()], [("a", "b", "c"), (), ("a", "b", "c")]),
+    ],
+)
+def test_liveness_by_hand(chain, rows, reads, stores, computed):
+    _, slots = chain
+    found = plans(slots, *rows)
+    assert [p.reads for p in found] == reads
+    assert [p.stores for p in found] == stores
+    assert [p.computed for p in found] == computed
+    assert not found[-1].held
+
+
+def test_rectified_mask_by_hand(chain):
+    _, slots = chain
+    compute = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 1]], dtype=bool)
+    # Step 0 has nothing stored and computes all; at step 1 c is reused and a, b feed nobody, but step 2 reuses b.
+    assert rectify(slots, ["a", "b", "c"], compute).tolist() == [[True] * 3, [True, True, False], [True, False, True]]
+    compute[2] = True
+    assert rectify(slots, ["a", "b", "c"], compute).tolist() == [[True] * 3, [False] * 3, [True] * 3]
+
+
+def test_plans_that_only_store_less_share_a_graph(chain):
+    _, slots = chain
+    found = plans(slots, "111", "101", "111")
+    assert share_graphs(found, {}) == {
+        found[0]: GraphKey((), (B,)),
+        found[1]: GraphKey((B,), ()),
+        found[2]: GraphKey((), (B,)),
+    }
+
+
+def test_stored_tensors_are_not_the_callers(chain):
+    """What a run stores must survive in-place changes of inputs and results."""
+
+    class Identity(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wrap = nn.Sequential(nn.Identity())
+            self.work = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, sample, timestep):
+            return self.work(self.wrap(sample)).view(2, 2, 2)
+
+    model = Identity().eval()
+    found = capture(model, (torch.randn(2, 4), torch.tensor(1)), {}, composite_modules(model))
+    graph = specialise(found, GraphKey((), (Slot("work", 0, 0), Slot("wrap", 0, 0))))
+    sample = torch.randn(2, 4)
+    result, *stored = graph(sample, torch.tensor(1))
+    memory = [t.untyped_storage().data_ptr() for t in (sample, result, *stored)]
+    assert len(set(memory)) == len(memory)
+    reuse = specialise(found, GraphKey((Slot("work", 0, 0),), ()))
+    (result,) = reuse(sample, torch.tensor(1), stored[0])
+    assert result.untyped_storage().data_ptr() != stored[0].untyped_storage().data_ptr()
+
+
+def weights_of(graph_module):
+    return {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+
+
+@pytest.mark.parametrize("name", ["unet2d", "unet2d_condition", "dit", "pixart", "sd3", "flux"])
+def test_the_work_of_skipped_blocks_is_gone(name):
+    case = denoiser(name)
+    args, kwargs = case.inputs(2, case.timesteps[0], 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    rng = np.random.default_rng(0)
+    for trial in range(6):
+        compute = np.ones((2, len(program.names)), dtype=bool)
+        compute[1] = rng.random(len(program.names)) < trial / 6
+        found = plan_run(program.slots, program.names, compute)
+        for plan, key in share_graphs(found, {}).items():
+            graph = specialise(program.capture, key)
+            if plan.reads:
+                skipped = [b for b, c in zip(program.names, compute[1], strict=True) if not c]
+                left = [w for w in weights_of(graph) if any(w.startswith(b + ".") for b in skipped)]
+                assert not left
+            assert not [n for n in graph.graph.nodes if "maskcompile" in str(n.target) or "dropout" in str(n.target)]
+            tensors = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            fake = tensors[0].fake_mode
+            with fake, torch.no_grad(), FlopCounterMode(display=False) as counter:
+                state = {k: fake.from_tensor(v) for k, v in [*graph.named_parameters(), *graph.named_buffers()]}
+                torch.func.functional_call(graph, state, tuple(tensors))
+            assert counter.get_total_flops() // 2 == plan.macs
+
+
+def test_all_reused_leaves_the_head_of_the_unet_alone():
+    case = denoiser("unet2d")
+    args, kwargs = case.inputs(2, 901, 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    compute = np.array([[True], [False]]).repeat(len(program.names), 1)
+    plan = plan_run(program.slots, program.names, compute)[1]
+    graph = specialise(program.capture, GraphKey(plan.reads, plan.stores))
+    assert weights_of(graph) == {f"{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
+
+
+def test_a_denoiser_that_cannot_be_captured_is_named_with_its_operation():
+    class Routing(nn.Module):
+        def forward(self, x):
+            return x[: int(x.sum().item()) % 2 + 1]
+
+    class Bad(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.router = nn.Linear(4, 4), Routing()
+
+        def forward(self, sample, timestep):
+            return self.router(self.first(sample)) if sample.sum() > -1e9 else sample
+
+    model = Bad().eval()
+    with pytest.raises(CaptureError, match=r"Bad cannot be captured: .*`.*sample\.sum\(\).*`"):
+        mc.trace(model, torch.randn(2, 4), 5)
+    assert not model._forward_hooks
+    assert not model.router._forward_hooks
+
+
+def test_a_denoiser_that_writes_to_its_buffers_is_refused():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, sample, timestep):
+            self.calls.add_(1)
+            return self.layer(sample)
+
+    with pytest.raises(CaptureError, match="Counting writes to 'calls'"):
+        mc.trace(Counting().eval(), torch.randn(2, 4), 5)
+
+
+def test_python_state_that_export_bakes_in_is_found_out():
+    class Alternating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(4, 4), 0
+
+        def forward(self, sample, timestep):
+            self.calls += 1
+            return self.layer(sample) * self.calls
+
+    model = Alternating().eval()
+    with pytest.raises(CaptureError, match="computes something else once captured"):
+        mc.trace(model, torch.randn(2, 4), 5)
+
+
+def test_tables_filled_while_tracing_do_not_stay_fake():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.table = nn.Linear(4, 4), {}
+
+        def forward(self, sample, timestep):
+            if sample.shape not in self.table:
+                self.table[sample.shape] = torch.arange(4.0)
+            self.last = sample + 1
+            return self.layer(sample + self.table[sample.shape])
+
+    model = Lazy().eval()
+    sample = torch.randn(2, 4)
+    mc.trace(model, sample, 5)
+    assert type(model.last) is torch.Tensor
+    assert type(model.table[sample.shape]) is torch.Tensor
+    assert torch.isfinite(model(sample, 5)).all()
