@@ -30,15 +30,16 @@ def deepcache(program: Program, timesteps: Iterable[float], interval: int, depth
     DeepCache (Ma et al. 2023, arXiv 2312.00858), section 3.2 with uniform 1:N inference: the deep branch is taken from the
     last full step, the shallow skip path always runs. A level is the blocks that lie on equally short ways from the input to the
     result in the dependency graph, so that ``depth=1`` keeps the outermost skip connection alone. Raises MaskError when the
-    denoiser is not U-shaped (all blocks lie on one level) or has no more than ``depth`` levels.
+    denoiser is not U-shaped (over a quarter of the blocks lie on the first level) or has no more than ``depth`` levels.
     """
     steps = tuple(timesteps)
     levels = _levels(program)
     distinct = sorted(set(levels.values()))
-    if len(distinct) < 2:
+    # A residual stream puts every block next to both the input and the result.
+    if len(distinct) < 2 or 4 * sum(level == distinct[0] for level in levels.values()) > len(levels):
         raise MaskError(
-            f"deepcache needs a U-shaped denoiser with long skip connections; the blocks of {program.denoiser} all lie on one "
-            "level. Use schedules.uniform."
+            f"deepcache needs a U-shaped denoiser with long skip connections; many blocks of {program.denoiser} lie next "
+            "to both its input and its result. Use schedules.uniform."
         )
     if not 1 <= depth < len(distinct):
         raise MaskError(f"depth must be 1 to {len(distinct) - 1} for {program.denoiser}; got {depth}.")

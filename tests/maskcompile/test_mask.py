@@ -1,0 +1,125 @@
+"""Masks and their files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+import maskcompile as mc
+from maskcompile.mask import hash_blocks
+from tests.toys import Chain
+
+
+def example(**changes):
+    arguments = {"compute": np.array([[True, True], [False, True]]), "blocks": ["a", "b"], "timesteps": [900, 100.5]}
+    arguments |= changes
+    return mc.Mask(arguments.pop("compute"), **arguments)
+
+
+@given(
+    arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=9)),
+    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3),
+    st.booleans(),
+)
+def test_files_round_trip(tmp_path_factory, compute, provenance, rising):
+    path = tmp_path_factory.mktemp("masks") / "mask.json"
+    steps, blocks = compute.shape
+    timesteps = [i * 0.1 if rising else 1000 - 7 * i for i in range(steps)]
+    mask = mc.Mask(compute, blocks=[f"m.{i}" for i in range(blocks)], timesteps=timesteps, denoiser="D", block_hash="x", provenance=provenance)
+    mask.save(path)
+    loaded = mc.Mask.load(path)
+    assert loaded == mask
+    assert loaded.provenance == provenance
+    assert loaded.timesteps == tuple(timesteps)
+    document = json.loads(path.read_text())
+    assert document["compute"] == ["".join("01"[int(c)] for c in row) for row in compute]
+    assert document["version"] == 1
+
+
+def test_join_full_and_equality():
+    other = example(compute=np.array([[False, True], [True, False]]))
+    assert (example() | other) == mc.Mask.full(["a", "b"], [900, 100.5])
+    assert example() == example(provenance={"seed": 1})
+    assert example() != other
+    assert len({example(), example(), other}) == 2
+    with pytest.raises(mc.MaskError, match="same blocks"):
+        example() | example(blocks=["a", "c"])
+    with pytest.raises(ValueError, match="read-only"):
+        example().compute[0, 0] = False
+
+
+def test_print_shows_blocks_and_steps():
+    assert str(example()).splitlines() == ["Mask(2 steps x 2 blocks, 75% computed)", "a  #.", "b  ##"]
+
+
+def test_scheduler_tensors_are_timesteps():
+    assert example(timesteps=torch.tensor([999, 0])).timesteps == (999, 0)
+    assert example(timesteps=np.linspace(1, 0, 2, dtype=np.float32)).timesteps == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compute": np.ones((2, 2))}, "boolean.*float64"),
+        ({"compute": np.ones((3, 2), bool)}, r"\[2, 2\]; got \[3, 2\]"),
+        ({"compute": np.ones(2, bool)}, r"got \[2\]"),
+        ({"blocks": ["a", "a"]}, "'a' is named more than once"),
+        ({"timesteps": [100, 100]}, "100 followed by 100 at step 1"),
+        ({"compute": np.ones((3, 2), bool), "timesteps": [900, 100, 500]}, "100 followed by 500 at step 2"),
+        ({"compute": np.ones((0, 2), bool), "timesteps": []}, "at least one timestep"),
+        ({"timesteps": ["a", "b"]}, "timesteps are numbers; got 'a'"),
+        ({"timesteps": [float("nan"), 1]}, "timesteps are numbers; got nan"),
+    ],
+)
+def test_wrong_masks_say_what_is_wrong(changes, message):
+    with pytest.raises(mc.MaskError, match=message):
+        example(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": "maskcompile mask", "vers', "not a whole JSON file"),
+        ("[]", "no mask file"),
+        ('{"scores": [[0.5]]}', "no mask file"),
+        ('{"format": "maskcompile mask", "version": 9}', "version 9; this maskcompile reads version 1"),
+        ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1]}', "lacks the list 'compute'"),
+        ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1], "compute": ["2"]}', "row 0"),
+        ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1, 1], "compute": ["1", "0"]}', "followed by"),
+        ('{"format": "maskcompile mask", "version": 1, "blocks": [1], "timesteps": [1], "compute": ["1"]}', "must be a string"),
+        ("\x00\xff", "not a whole JSON file"),
+    ],
+)
+def test_foreign_files_say_what_is_wrong(tmp_path, text, message):
+    path = tmp_path / "mask.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(mc.MaskError, match=message) as caught:
+        mc.Mask.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "mask.json"
+    example().save(path)
+    with pytest.raises(TypeError):
+        example(provenance={"scheduler": object()}).save(path)
+    assert mc.Mask.load(path) == example()
+    assert [p.name for p in tmp_path.iterdir()] == ["mask.json"]
+
+
+def test_a_mask_for_another_denoiser_is_refused():
+    model = Chain().eval()
+    fitting = {"compute": np.ones((2, 2), bool), "denoiser": "Chain", "block_hash": hash_blocks(model, ["a", "b"])}
+    mc.optimize(model, example(**fitting))
+    with pytest.raises(mc.MaskError, match="made for a UNet2DModel, this denoiser is a Chain"):
+        mc.optimize(model, example(denoiser="UNet2DModel"))
+    with pytest.raises(mc.MaskError, match="same names and other parameter shapes"):
+        mc.optimize(Chain(width=8).eval(), example(**fitting))
+    with pytest.raises(mc.MaskError, match=r"block 'a\.upp', which Chain does not have; nearest: a\.up"):
+        mc.optimize(model, example(blocks=["a.upp", "b"]))
