@@ -9,8 +9,8 @@ import passes
 
 if getattr(passes, "OWNER", None) != "maskcompile":
     raise ImportError(
-        f"maskcompile needs its own package 'passes', but Python found {passes.__file__!r} first; rename that module or move it "
-        "off sys.path."
+        f"maskcompile needs its own package 'passes', but Python found {passes.__file__!r} first; "
+        "rename that module or move it off sys.path."
     )
 
 from maskcompile import schedules

@@ -66,7 +66,8 @@ def slots_of(program: Program, mask: Mask) -> Slots:
     known = {call.block for call in program.capture.calls}
     if missing := [block for block in mask.blocks if block not in known]:
         raise MaskError(
-            f"the program has no block {missing[0]!r}; trace the denoiser with blocks= that include it, or check the mask's names."
+            f"the program has no block {missing[0]!r}; trace the denoiser with blocks= that include it, "
+            "or check the mask's names."
         )
     return slot_dependencies(program.capture, mask.blocks)
 

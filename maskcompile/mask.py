@@ -51,7 +51,9 @@ class Mask:
         self.block_hash = block_hash
         self.provenance: dict[str, Any] = dict(provenance or {})
         if array.dtype != np.bool_:
-            raise MaskError(f"a mask is boolean, True = compute; got dtype {array.dtype}: pass `compute > threshold` or `.bool()`.")
+            raise MaskError(
+                f"a mask is boolean, True = compute; got dtype {array.dtype}: pass `compute > threshold` or `.bool()`."
+            )
         expected = (len(self.timesteps), len(self.blocks))
         if array.shape != expected:
             raise MaskError(
@@ -155,11 +157,15 @@ class Mask:
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise MaskError(f"{path} is not a whole JSON file ({error}); was it cut short? Save or download it again.") from None
+            raise MaskError(
+                f"{path} is not a whole JSON file ({error}); was it cut short? Save or download it again."
+            ) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise MaskError(f'{path} is JSON but no mask file: it lacks "format": "{FORMAT}".')
         if document.get("version") != VERSION:
-            raise MaskError(f"{path} has mask format version {document.get('version')!r}; this maskcompile reads version {VERSION}.")
+            raise MaskError(
+                f"{path} has mask format version {document.get('version')!r}; this maskcompile reads version {VERSION}."
+            )
         if missing := [key for key in ("blocks", "timesteps", "compute") if not isinstance(document.get(key), list)]:
             raise MaskError(f"{path} lacks the list {missing[0]!r}.")
         blocks, rows = document["blocks"], document["compute"]

@@ -35,6 +35,8 @@ def optimize(
     if isinstance(model, OptimizedDenoiser):
         raise ValueError("this denoiser is already optimised; use fast.set_mask(mask), or optimize(fast.original, mask).")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize takes a denoiser (nn.Module); got {type(model).__name__}. For a pipeline, pass its unet or transformer.")
+        raise TypeError(
+            f"optimize takes a denoiser (nn.Module); got {type(model).__name__}. For a pipeline, pass its unet or transformer."
+        )
     check_capturable(model)
     return OptimizedDenoiser(model, mask, backend=backend, timestep=timestep, options=compile_options)

@@ -47,13 +47,16 @@ class Report:
             speedup = s.full_macs / s.macs if s.macs else float("inf")
             lines += [
                 f"  inputs {s.inputs}",
-                f"    MACs a run   {s.full_macs / 1e9:.2f}G -> {s.macs / 1e9:.2f}G ({s.share:.1%}, at most {speedup:.2f}x faster)",
+                f"    MACs a run   {s.full_macs / 1e9:.2f}G -> {s.macs / 1e9:.2f}G "
+                f"({s.share:.1%}, at most {speedup:.2f}x faster)",
                 f"    cache        {s.peak_cache_bytes / 2**20:.2f} MiB at its peak",
                 f"    graphs       {s.graphs} for a whole run, {len(s.compile_seconds)} compiled in "
                 f"{sum(s.compile_seconds):.1f} s after {s.capture_seconds:.1f} s of capture",
             ]
         lines.append(f"  calls          {self.calls}, of which {self.reusing_calls} reused at least one block")
         if self.unknown_timesteps:
-            lines.append(f"  NOT IN THE MASK {self.unknown_timesteps} calls had a timestep the mask does not know: computed in full")
+            lines.append(
+                f"  NOT IN THE MASK {self.unknown_timesteps} calls had a timestep the mask does not know: computed in full"
+            )
         lines.append(f"  held now       {self.cache_bytes / 2**20:.2f} MiB")
         return "\n".join(lines)

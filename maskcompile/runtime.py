@@ -169,7 +169,9 @@ class OptimizedDenoiser(nn.Module):
             raise ValueError(f"{type(self.original).__name__} is in train mode; call .eval() on the denoiser first.")
         call = bind(self.original, args, kwargs, self._signature, self._timestep)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
-            raise ValueError("an optimised denoiser computes no gradients; call the original, or pass inputs without requires_grad.")
+            raise ValueError(
+                "an optimised denoiser computes no gradients; call the original, or pass inputs without requires_grad."
+            )
         with torch.no_grad():
             trajectory = self._advance(call)
             position = trajectory.position
@@ -222,7 +224,9 @@ class OptimizedDenoiser(nn.Module):
         if steps is None:
             # Compared in the dtype of the call: a pipeline may have rounded the scheduler's value to bfloat16.
             steps = {}
-            for index, rounded in enumerate(torch.tensor(self._mask.timesteps, dtype=torch.float64).to(timestep.dtype).tolist()):
+            for index, rounded in enumerate(
+                torch.tensor(self._mask.timesteps, dtype=torch.float64).to(timestep.dtype).tolist()
+            ):
                 steps.setdefault(rounded, []).append(index)
             self._steps_by_dtype[timestep.dtype] = steps
         if value in steps:
@@ -385,9 +389,7 @@ class OptimizedDenoiser(nn.Module):
         return self._rebuild(copy.deepcopy(self.original, memo))
 
     def _rebuild(self, original: nn.Module) -> OptimizedDenoiser:
-        return OptimizedDenoiser(
-            original, self._mask, backend=self._backend, timestep=self._timestep, options=self._options
-        )
+        return OptimizedDenoiser(original, self._mask, backend=self._backend, timestep=self._timestep, options=self._options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (self.original, self._mask, self._backend, self._timestep, self._options)

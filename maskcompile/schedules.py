@@ -11,6 +11,7 @@ import torch
 from maskcompile.mask import Mask, MaskError
 from maskcompile.program import Program
 from passes.dependencies import OUTPUT
+from passes.rectify import Compute
 
 
 def uniform(program: Program, timesteps: Iterable[float], interval: int) -> Mask:
@@ -28,8 +29,8 @@ def deepcache(program: Program, timesteps: Iterable[float], interval: int, depth
     """Everything at every ``interval``-th step; in between only the ``depth`` shallowest levels of a U-shaped denoiser.
 
     DeepCache (Ma et al. 2023, arXiv 2312.00858), section 3.2 with uniform 1:N inference: the deep branch is taken from the
-    last full step, the shallow skip path always runs. A level is the blocks that lie on equally short ways from the input to the
-    result in the dependency graph, so that ``depth=1`` keeps the outermost skip connection alone. Raises MaskError when the
+    last full step, the shallow skip path always runs. A level is the blocks that lie on equally short ways from the input to
+    the result in the dependency graph, so that ``depth=1`` keeps the outermost skip connection alone. Raises MaskError when the
     denoiser is not U-shaped (over a quarter of the blocks lie on the first level) or has no more than ``depth`` levels.
     """
     steps = tuple(timesteps)
@@ -59,13 +60,14 @@ def _levels(program: Program) -> dict[str, int]:
     return {name: from_input.get(name, far) + to_output.get(name, far) - 1 for name in program.names}
 
 
-def _full_steps(steps: int, interval: int) -> np.ndarray:
+def _full_steps(steps: int, interval: int) -> Compute:
     if interval < 1:
         raise MaskError(f"interval must be at least 1; got {interval}.")
-    return np.arange(steps) % interval == 0
+    full: Compute = np.arange(steps) % interval == 0
+    return full
 
 
-def _mask(program: Program, timesteps: tuple[float, ...], compute: np.ndarray, **provenance: object) -> Mask:
+def _mask(program: Program, timesteps: tuple[float, ...], compute: Compute, **provenance: object) -> Mask:
     return Mask(
         compute,
         blocks=program.names,

@@ -61,7 +61,7 @@ def bind(
         dtype = torch.int64 if isinstance(value, int) else torch.float64
         bound.arguments[timestep] = value = torch.tensor(value, dtype=dtype, device=device)
     leaves, spec = pytree.tree_flatten((bound.args, bound.kwargs))
-    described = []
+    described: list[tuple[Any, ...]] = []
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             leaves[position] = leaf = _dense(leaf)
@@ -89,7 +89,7 @@ def check_capturable(model: nn.Module) -> None:
         if hook is not None:
             raise ValueError(
                 f"{place} has an accelerate hook ({type(hook).__name__}), which a captured graph would bypass; "
-                "remove offloading (accelerate.hooks.remove_hook_from_module, recurse=True) and move the denoiser to its device."
+                "remove offloading (accelerate.hooks.remove_hook_from_module, recurse=True) and move it to its device."
             )
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and getattr(registry, "hooks", None):

@@ -151,7 +151,9 @@ def _marking(model: nn.Module, marked: set[str]) -> Iterator[_Trail]:
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             if not name:
-                trail.calls.clear(), trail.open.clear(), counts.clear()
+                trail.calls.clear()
+                trail.open.clear()
+                counts.clear()
             trail.open.append((name, counts[name]))
             counts[name] += 1
 
@@ -165,7 +167,7 @@ def _marking(model: nn.Module, marked: set[str]) -> Iterator[_Trail]:
             if name not in marked:
                 return None
             leaves, spec = pytree.tree_flatten(output)
-            slots = []
+            slots: list[Slot] = []
             for position, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
                     slot = Slot(name, call, len(slots))

@@ -68,8 +68,9 @@ def slot_dependencies(capture: Capture, blocks: Iterable[str]) -> Slots:
     cuts = {node: slot for slot, node in capture.marks.items() if slot.block in chosen}
     needs: dict[Slot | str, frozenset[Slot]] = {}
     work: dict[Slot | str, frozenset[Node]] = {}
-    for slot, roots in [*((s, [n]) for n, s in cuts.items()), (OUTPUT, result_nodes(capture))]:
-        needs[slot], work[slot] = _cone(roots, cuts, capture, slot)
+    roots: dict[Slot | str, list[Node]] = {slot: [node] for node, slot in cuts.items()} | {OUTPUT: result_nodes(capture)}
+    for slot in roots:
+        needs[slot], work[slot] = _cone(roots[slot], cuts, capture, slot)
     calls = tuple(
         BlockCall(c.block, c.call, c.slots, tuple(outer for outer in c.enclosing if outer[0] in chosen))
         for c in capture.calls
@@ -126,9 +127,9 @@ def block_dependencies(capture: Capture, blocks: Sequence[Block]) -> nx.DiGraph:
             origin[node] = frozenset({f"input:{readable[node]}"})
             continue
         sources = frozenset().union(*(origin.get(source, frozenset()) for source in node.all_input_nodes))
-        if (block := marked.get(node)) is not None:
-            _connect(graph, sources - {block}, block)
-            sources = frozenset({block})
+        if (name := marked.get(node)) is not None:
+            _connect(graph, sources - {name}, name)
+            sources = frozenset({name})
         origin[node] = sources
     for node in result_nodes(capture):
         _connect(graph, origin[node], OUTPUT)

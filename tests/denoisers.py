@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -107,7 +107,7 @@ def flux() -> Case:
 BUILDERS = {f.__name__: f for f in (unet2d, unet2d_condition, dit, pixart, sd3, flux)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def denoiser(name: str) -> Case:
     """The case with random weights, every parameter of them: what starts at zero would hide a wrong reuse."""
     torch.manual_seed(0)

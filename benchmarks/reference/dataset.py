@@ -57,6 +57,7 @@ def build(path: Path) -> None:
 def read_package(archive: Path) -> tuple[np.ndarray, np.ndarray]:
     """Every emoji of ``CLASSES`` in the npm archive, composited on white and scaled to 32 x 32."""
     with tarfile.open(archive) as package:
+
         def content(name: str) -> bytes:
             member = package.extractfile(f"package/{name}")
             assert member is not None

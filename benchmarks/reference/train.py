@@ -28,7 +28,7 @@ CACHE = HERE / "cache"
 EMA_DECAY = 0.999
 SECONDS_PER_CHECKPOINT = 240
 #: learning rate, batch and optimiser steps of each denoiser
-RECIPE = {"unet": (6e-4, 32, 3200), "dit": (5e-4, 32, 5200)}
+RECIPE = {"unet": (6e-4, 32, 2300), "dit": (5e-4, 32, 5200)}
 
 
 def build_unet() -> UNet2DModel:

@@ -31,7 +31,14 @@ def test_files_round_trip(tmp_path_factory, compute, provenance, rising):
     path = tmp_path_factory.mktemp("masks") / "mask.json"
     steps, blocks = compute.shape
     timesteps = [i * 0.1 if rising else 1000 - 7 * i for i in range(steps)]
-    mask = mc.Mask(compute, blocks=[f"m.{i}" for i in range(blocks)], timesteps=timesteps, denoiser="D", block_hash="x", provenance=provenance)
+    mask = mc.Mask(
+        compute,
+        blocks=[f"m.{i}" for i in range(blocks)],
+        timesteps=timesteps,
+        denoiser="D",
+        block_hash="x",
+        provenance=provenance,
+    )
     mask.save(path)
     loaded = mc.Mask.load(path)
     assert loaded == mask
@@ -91,7 +98,10 @@ def test_wrong_masks_say_what_is_wrong(changes, message):
         ('{"format": "maskcompile mask", "version": 9}', "version 9; this maskcompile reads version 1"),
         ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1]}', "lacks the list 'compute'"),
         ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1], "compute": ["2"]}', "row 0"),
-        ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1, 1], "compute": ["1", "0"]}', "followed by"),
+        (
+            '{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1, 1], "compute": ["1", "0"]}',
+            "followed by",
+        ),
         ('{"format": "maskcompile mask", "version": 1, "blocks": [1], "timesteps": [1], "compute": ["1"]}', "must be a string"),
         ("\x00\xff", "not a whole JSON file"),
     ],

@@ -24,7 +24,7 @@ def test_default_blocks():
         **{f"down_blocks.{i}.resnets.0": "convolution" for i in range(2)},
         **{f"mid_block.resnets.{i}": "convolution" for i in range(2)},
         **{f"up_blocks.{i}.resnets.{j}": "convolution" for i in range(2) for j in range(2)},
-        **{a: "attention" for a in ("down_blocks.1.attentions.0", "mid_block.attentions.0")},
+        **dict.fromkeys(("down_blocks.1.attentions.0", "mid_block.attentions.0"), "attention"),
         **{f"up_blocks.0.attentions.{j}": "attention" for j in range(2)},
     }
     text = {b.name: b.kind for b in trace("unet2d_condition").blocks}

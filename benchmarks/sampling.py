@@ -1,0 +1,77 @@
+"""Sample from the reference denoisers with diffusers' schedulers, and compare pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.reference import load
+from benchmarks.reference.dataset import CLASSES, SIZE
+
+#: Guidance scale of the class-conditional denoiser.
+GUIDANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A denoiser with its scheduler set to a number of steps. classes: None where it takes none."""
+
+    name: str
+    denoiser: Any
+    scheduler: Any
+    timesteps: tuple[int, ...]
+    classes: int | None
+
+    def inputs(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Example arguments of one denoiser call for ``batch`` pictures; guidance doubles them."""
+        if self.classes is None:
+            return (torch.randn(batch, 3, SIZE, SIZE), torch.tensor(self.timesteps[0])), {}
+        timestep = torch.full((2 * batch,), self.timesteps[0])
+        return (torch.randn(2 * batch, 3, SIZE, SIZE), timestep), {"class_labels": torch.zeros(2 * batch, dtype=torch.int64)}
+
+
+def task(name: str, steps: int) -> Task:
+    """The reference denoiser ``name`` ("unet" or "dit") with its DDIM scheduler at ``steps`` steps."""
+    denoiser, scheduler = load(name)
+    scheduler.set_timesteps(steps)
+    classes = len(CLASSES) if name == "dit" else None
+    return Task(name, denoiser, scheduler, tuple(int(t) for t in scheduler.timesteps), classes)
+
+
+def noise(batch: int, seed: int) -> Tensor:
+    """Gaussian noise [batch, 3, 32, 32]; a generator a picture, so that a batch's size changes no picture."""
+    return torch.stack([torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed + i)) for i in range(batch)])
+
+
+def labels(batch: int, classes: int) -> Tensor:
+    """int64 [batch], the classes in order and evenly."""
+    return torch.arange(batch) * classes // batch
+
+
+@torch.no_grad()
+def sample(t: Task, denoiser: Callable[..., Any], start: Tensor) -> Tensor:
+    """Pictures [batch, 3, 32, 32] in 0..1 from the noise ``start``, by the task's scheduler and ``denoiser``."""
+    x = start * t.scheduler.init_noise_sigma
+    if t.classes is not None:
+        y = labels(len(x), t.classes)
+        both = torch.cat([y, torch.full_like(y, t.classes)])  # the last embedding stands for "no class"
+    for timestep in t.scheduler.timesteps:
+        model_input = t.scheduler.scale_model_input(x, timestep)
+        if t.classes is None:
+            predicted = denoiser(model_input, timestep, return_dict=False)[0]
+        else:
+            pair = torch.cat([model_input, model_input])
+            outputs = denoiser(pair, timestep.expand(len(pair)), class_labels=both, return_dict=False)[0]
+            conditional, unconditional = outputs.chunk(2)
+            predicted = unconditional + GUIDANCE * (conditional - unconditional)
+        x = t.scheduler.step(predicted, timestep, x, return_dict=False)[0]
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """dB of each picture [batch] for pictures in 0..1; infinite where they are equal."""
+    return -10 * torch.log10((a - b).square().flatten(1).mean(1))

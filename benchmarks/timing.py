@@ -1,0 +1,67 @@
+"""Times that can be compared: interleaved in one run, medians with their spread, the hardware named."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repeat."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(largest - smallest) / median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+def interleaved(variants: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
+    """Run the variants in turn, ``repeats`` times over after ``warmup`` rounds, so that drift meets all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in tqdm(range(-warmup, repeats), desc="timing", delay=2, leave=False, disable=None):
+        for name, run in variants.items():
+            _synchronise()
+            start = time.perf_counter()
+            run()
+            _synchronise()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def ratio(baseline: Timing, ours: Timing) -> float:
+    """How many times faster: the median over the rounds of baseline / ours within one round."""
+    return median(b / o for b, o in zip(baseline.seconds, ours.seconds, strict=True))
+
+
+def hardware() -> str:
+    """Processor or GPU, threads and versions, for the line beside every figure."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+        device = f"{model}, {torch.get_num_threads()} threads"
+    import diffusers
+
+    return f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
