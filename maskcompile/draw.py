@@ -26,7 +26,7 @@ def mask_heat_map(mask: Mask, path: str | os.PathLike[str], title: str = "") -> 
         mask.compute.T, aspect="auto", interpolation="nearest", cmap=ListedColormap(["#e9edf1", "#1f4e79"]), vmin=0, vmax=1
     )
     axes.set_yticks(range(len(mask.blocks)), mask.blocks, fontsize=7)
-    ticks = range(0, mask.steps, max(1, mask.steps // 10))
+    ticks = range(0, mask.steps, max(3, mask.steps // 10))
     axes.set_xticks(ticks, [f"{i}\n{mask.timesteps[i]:g}" for i in ticks], fontsize=7)
     axes.set_xlabel("step (0 is the noisiest), timestep below", fontsize=8)
     axes.add_collection(
@@ -60,6 +60,7 @@ def block_graph(program: Program, path: str | os.PathLike[str], title: str = "")
     figure = Figure(figsize=(max(7.0, 0.42 * len(order)), 2.6 + 0.5 * len(heights)), layout="constrained")
     axes = figure.subplots()
     near = set(nx.transitive_reduction(graph).edges) if nx.is_directed_acyclic_graph(graph) else set(graph.edges)
+    arc_alpha = max(0.12, min(0.5, 12 / (1 + len(graph.edges) - len(near))))
     for source, target in graph.edges:
         if source in x and target in x:
             skip = (source, target) not in near
@@ -72,7 +73,7 @@ def block_graph(program: Program, path: str | os.PathLike[str], title: str = "")
                     arrowstyle="-|>",
                     mutation_scale=7,
                     color="#9aa4ae" if skip else "#4a5258",
-                    alpha=0.45 if skip else 0.9,
+                    alpha=arc_alpha if skip else 0.9,
                     linewidth=0.8,
                     shrinkA=6,
                     shrinkB=6,
@@ -82,12 +83,11 @@ def block_graph(program: Program, path: str | os.PathLike[str], title: str = "")
     for block in program.blocks:
         area = 40 + 260 * block.macs / largest
         axes.scatter(x[block.name], y[block.name], s=area, color=_KINDS[block.kind], zorder=3, edgecolors="white")
-        axes.annotate(
-            block.name, (x[block.name], y[block.name]), xytext=(0, -11), textcoords="offset points", rotation=-55, fontsize=6,
-            ha="left", va="top", rotation_mode="anchor",
-        )  # fmt: skip
-    for name in (order[0], order[-1]):
-        axes.annotate(name.removeprefix("input:"), (x[name], y[name]), ha="center", va="center", fontsize=7, weight="bold")
+        foot = min(y.values()) - 0.45
+        axes.plot([x[block.name]] * 2, [y[block.name], foot], color="#c3cad1", linewidth=0.5, linestyle=":", zorder=0)
+        axes.text(x[block.name], foot, block.name, rotation=-55, fontsize=6, ha="left", va="top", rotation_mode="anchor")
+    for name, side, shift in ((order[0], "right", 0.25), (order[-1], "left", -0.25)):
+        axes.text(x[name] + shift, y[name], name.removeprefix("input:"), ha=side, va="center", fontsize=7, weight="bold")
     present = {block.kind for block in program.blocks}
     axes.legend(
         handles=[Patch(color=color, label=kind.replace("_", "-")) for kind, color in _KINDS.items() if kind in present],
@@ -95,7 +95,7 @@ def block_graph(program: Program, path: str | os.PathLike[str], title: str = "")
     )  # fmt: skip
     axes.set_title(title or f"{program.denoiser}: {len(names)} blocks, {program.macs / 1e9:.2f} GMACs a step", fontsize=9)
     axes.set_ylim(min(y.values()) - 2.4, max(y.values()) + 2.2)
-    axes.set_xlim(-1, len(order) + 1.5)
+    axes.set_xlim(-2.5, len(order) + 1.5)
     axes.axis("off")
     figure.savefig(path, dpi=150)
 

@@ -191,6 +191,7 @@ class OptimizedDenoiser(nn.Module):
             self.reset()
             self._check_weights()
         elif order > self._order:
+            del self._trajectories[self._index :]  # those that ended before the last step (guidance switched off)
             self._index = 0
         if call.key not in self._captures:
             self._captures[call.key] = self._capture(call)

@@ -1,4 +1,4 @@
-"""Tiny denoisers with random weights, and inputs for them: ``inputs(batch, timestep, seed) -> (args, kwargs)``."""
+"""Tiny denoisers with random weights and the reference denoisers, and inputs for them: ``inputs(batch, timestep, seed) -> (args, kwargs)``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import diffusers
 import torch
 from torch import nn
 
+from benchmarks.reference import load
+
 
 @dataclass(frozen=True)
 class Case:
     model: nn.Module
     inputs: Callable[[int, float, int], tuple[tuple[Any, ...], dict[str, Any]]]
     timesteps: tuple[float, ...] = (901, 701, 501, 301, 101)
+    batch: int = 2
 
 
 def _noise(seed: int) -> Callable[..., torch.Tensor]:
@@ -104,14 +107,28 @@ def flux() -> Case:
     return Case(model, inputs, tuple(t / 1000 for t in (901, 701, 501, 301, 101)))
 
 
-BUILDERS = {f.__name__: f for f in (unet2d, unet2d_condition, dit, pixart, sd3, flux)}
+def reference_unet() -> Case:
+    return Case(load("unet")[0], lambda b, t, s: ((_noise(s)(b, 3, 32, 32), t), {}), batch=1)
+
+
+def reference_dit() -> Case:
+    def inputs(b: int, t: float, s: int) -> Any:
+        return (_noise(s)(b, 3, 32, 32), torch.full((b,), t)), {"class_labels": torch.arange(b)}
+
+    return Case(load("dit")[0], inputs, batch=1)
+
+
+TINY = {f.__name__: f for f in (unet2d, unet2d_condition, dit, pixart, sd3, flux)}
+REFERENCE = {f.__name__: f for f in (reference_unet, reference_dit)}
 
 
 @cache
 def denoiser(name: str) -> Case:
     """The case with random weights, every parameter of them: what starts at zero would hide a wrong reuse."""
     torch.manual_seed(0)
-    case = BUILDERS[name]()
+    if name in REFERENCE:
+        return REFERENCE[name]()
+    case = TINY[name]()
     with torch.no_grad():
         for parameter in case.model.parameters():
             if parameter.dim() < 2:

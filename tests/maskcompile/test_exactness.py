@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import maskcompile as mc
-from tests.denoisers import BUILDERS, denoiser, tensors_of
+from tests.denoisers import REFERENCE, TINY, denoiser, tensors_of
 from tests.executor import Executor
 
 STEPS = 5
 
 
-@pytest.fixture(scope="module", params=[*BUILDERS])
+@pytest.fixture(scope="module", params=[*TINY, *REFERENCE])
 def traced(request):
     case = denoiser(request.param)
-    args, kwargs = case.inputs(2, case.timesteps[0], 0)
+    args, kwargs = case.inputs(case.batch, case.timesteps[0], 0)
     program = mc.trace(case.model, *args, **kwargs)
     fast = mc.optimize(case.model, mc.Mask.full(program.names, case.timesteps), backend="eager")
     return case, program, fast
@@ -37,7 +37,7 @@ def test_a_full_mask_is_eager(traced):
     case, program, fast = traced
     fast.set_mask(mc.Mask.full(program.names, case.timesteps))
     for step, timestep in enumerate(case.timesteps):
-        args, kwargs = case.inputs(2, timestep, step)
+        args, kwargs = case.inputs(case.batch, timestep, step)
         ours = fast(*args, **kwargs)
         with torch.no_grad():
             theirs = case.model(*args, **kwargs)
@@ -49,7 +49,7 @@ def test_a_full_mask_is_eager(traced):
 
 def test_any_mask_is_the_executor(traced):
     case, program, fast = traced
-    calls = [case.inputs(2, timestep, step) for step, timestep in enumerate(case.timesteps)]
+    calls = [case.inputs(case.batch, timestep, step) for step, timestep in enumerate(case.timesteps)]
     differs = False
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

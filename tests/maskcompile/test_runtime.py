@@ -114,7 +114,7 @@ def test_an_unknown_timestep_computes_everything_and_says_so_once(seed):
             x = sample(t)
             expected = executor.full(x, torch.tensor(t)) if step is None else executor.step(step, x, torch.tensor(t))
             assert torch.equal(fast(x, torch.tensor(t)), expected)
-    (said,) = caught
+    (said,) = (w for w in caught if "the mask" in str(w.message))
     assert "does not know timestep 600" in str(said.message)
     assert said.filename == __file__
     assert fast.report().unknown_timesteps == 3
