@@ -1,10 +1,12 @@
 """The optimised denoiser: finds the step of each call, keeps the cache of each run, and executes the specialised graphs.
 
 How calls become runs. The timestep of a call says which row of the mask applies. A later step than the last one goes on with
-the run; an earlier one starts a new run; the same one again is another trajectory beside the first (a separate pass for
-guidance, the second call of a 2nd-order solver), with a cache of its own. A run that skips steps, changes its input shapes or
-was not at the step before starts over with an empty cache at that step: what it lacks is computed. A timestep that the mask
-does not know computes everything and stores what the next steps of the mask reuse.
+the run; an earlier one, or one out of another scheduler tensor, starts a new run. The same timestep again is another trajectory
+beside the first (a separate pass for guidance, the second call of a 2nd-order solver), with a cache of its own, or the start of
+another run after one that stopped there; which of the two shows only at the next steps. So trajectories go on only where the
+last two steps had equally many calls (the first step of a run: one call), and else start over with an empty cache: what they
+lack is computed. So does a run that skips steps, changes its input shapes, or was not at the step before. A timestep that the
+mask does not know computes everything and stores what the next steps of the mask reuse.
 """
 
 from __future__ import annotations
@@ -154,8 +156,10 @@ class OptimizedDenoiser(nn.Module):
     def reset(self) -> None:
         """Forget the run in progress; the next call starts a new one."""
         self._trajectories: list[_Trajectory] = []
-        self._order: float | None = None
-        self._index = 0
+        self._order: float | None = None  # of the last call, in sampling order
+        self._index = 0  # calls so far at that timestep
+        self._calls_before = 1  # calls at the timestep before it
+        self._source: torch.UntypedStorage | None = None
 
     def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self.original.forward)
@@ -187,15 +191,22 @@ class OptimizedDenoiser(nn.Module):
     def _advance(self, call: Call) -> _Trajectory:
         """The trajectory that this call belongs to, moved on to its step."""
         step, order = self._find(call.timestep)
-        if self._order is None or order < self._order or (order == self._order and self._index >= MOST_TRAJECTORIES):
+        source = _scheduler_storage(call.timestep)
+        if (
+            self._order is None
+            or order < self._order
+            or (order == self._order and self._index >= MOST_TRAJECTORIES)
+            or (source and self._source and source.data_ptr() != self._source.data_ptr())
+        ):
             self.reset()
             self._check_weights()
-        elif order > self._order:
-            del self._trajectories[self._index :]  # those that ended before the last step (guidance switched off)
-            self._index = 0
-        if call.key not in self._captures:
+        if call.key not in self._captures:  # may fail, so nothing of the run in progress is touched before
             self._captures[call.key] = self._capture(call)
-        self._order = order
+        if self._order is not None and order > self._order:
+            if self._index != self._calls_before:
+                self._trajectories.clear()
+            self._calls_before, self._index = self._index, 0
+        self._order, self._source = order, source
         index, self._index = self._index, self._index + 1
         known = self._trajectories[index] if index < len(self._trajectories) else None
         if known is not None and step is not None and known.next_step == step and known.key == call.key:
@@ -401,6 +412,17 @@ class OptimizedDenoiser(nn.Module):
 
 def _unpickle(original: nn.Module, mask: Mask, backend: Any, timestep: str, options: dict[str, Any]) -> OptimizedDenoiser:
     return OptimizedDenoiser(original, mask, backend=backend, timestep=timestep, options=options)
+
+
+def _scheduler_storage(timestep: Tensor | None) -> torch.UntypedStorage | None:
+    """The memory of the tensor of timesteps that ``timestep`` is one element of, None where it is not.
+
+    ``for t in scheduler.timesteps`` yields views, and ``set_timesteps`` makes a new tensor for every run of a pipeline.
+    """
+    if timestep is None or any(timestep.stride()):
+        return None
+    storage = timestep.untyped_storage()
+    return storage if storage.nbytes() > timestep.element_size() else None
 
 
 def _fingerprint(model: nn.Module) -> tuple[Any, ...]:

@@ -88,6 +88,8 @@ def test_separate_guidance_passes_have_caches_of_their_own(seed):
     model, compute, fast = make(seed)
     conditional, unconditional = Executor(model, BLOCKS, compute), Executor(model, BLOCKS, compute)
     for step in range(5):
+        if step == 1:  # two calls at the first step might also be two runs, so both start over once
+            conditional.reset(), unconditional.reset()
         if step < 4:  # guidance is off at the last step
             assert_follows(fast, conditional, [step], seed=0)
         assert_follows(fast, unconditional if step < 4 else conditional, [step], seed=20)
@@ -100,8 +102,35 @@ def test_second_order_solvers_call_twice_at_one_timestep(seed):
     first, second = Executor(model, BLOCKS, compute), Executor(model, BLOCKS, compute)
     assert_follows(fast, first, [0])
     for step in range(1, 5):
+        if step == 2:  # one call at t0, two at t1: the second might be another run
+            first.reset(), second.reset()
         assert_follows(fast, first, [step], seed=0)
         assert_follows(fast, second, [step], seed=30)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 2])
+def test_calls_at_the_first_timestep_before_a_run_are_no_part_of_it(seed, calls, start):
+    """Somebody warms up, or a run stops after its first step; then a run begins at that same timestep."""
+    model, compute, fast = make(seed, density=0.2)
+    for call in range(calls):
+        fast(sample(100 + call), torch.tensor(TIMESTEPS[start]))
+    executor = Executor(model, BLOCKS, compute)
+    assert_follows(fast, executor, [start])
+    executor.reset()
+    assert_follows(fast, executor, range(start + 1, 5))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_new_scheduler_tensor_is_a_new_run(seed):
+    """A run is interrupted after step 1; another one, image-to-image say, starts at step 2."""
+    model, compute, fast = make(seed, density=0.2)
+    for first, steps in ((0, [0, 1]), (50, [2, 3, 4])):
+        timesteps, executor = torch.tensor(TIMESTEPS), Executor(model, BLOCKS, compute)
+        for step in steps:
+            x, t = sample(first + step), timesteps[step].expand(2)
+            assert torch.equal(fast(x, t), executor.step(step, x, t))
 
 
 @pytest.mark.parametrize("seed", range(5))
