@@ -158,7 +158,7 @@ class OptimizedDenoiser(nn.Module):
         self._trajectories: list[_Trajectory] = []
         self._order: float | None = None  # of the last call, in sampling order
         self._index = 0  # calls so far at that timestep
-        self._calls_before = 1  # calls at the timestep before it
+        self._expected: tuple[int, ...] = (1,)  # how many calls there let trajectories go on to the next one
         self._source: torch.UntypedStorage | None = None
 
     def _make_forward(self) -> Callable[..., Any]:
@@ -203,9 +203,11 @@ class OptimizedDenoiser(nn.Module):
         if call.key not in self._captures:  # may fail, so nothing of the run in progress is touched before
             self._captures[call.key] = self._capture(call)
         if self._order is not None and order > self._order:
-            if self._index != self._calls_before:
+            clear = self._index not in self._expected
+            if clear:
                 self._trajectories.clear()
-            self._calls_before, self._index = self._index, 0
+            # After a clear, one call at a step is unmistakable, as it is at the start of a run.
+            self._expected, self._index = ((self._index, 1) if clear else (self._index,)), 0
         self._order, self._source = order, source
         index, self._index = self._index, self._index + 1
         known = self._trajectories[index] if index < len(self._trajectories) else None
