@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 import maskcompile as mc
 from benchmarks.reference.dataset import CLASSES
@@ -51,7 +52,8 @@ class Row:
     psnr_db: float
 
 
-def demonstrate(name: str, steps: int, batch: int, repeats: int, out: Path) -> Row:
+def demonstrate(name: str, steps: int, batch: int, repeats: int, backend: str, out: Path) -> Row:
+    stages = tqdm(total=4, desc=f"{name}: capture", leave=False, disable=None)
     t = task(name, steps)
     args, kwargs = t.inputs(batch)
     kwargs["return_dict"] = False
@@ -65,16 +67,19 @@ def demonstrate(name: str, steps: int, batch: int, repeats: int, out: Path) -> R
     draw.mask_heat_map(mask, out / f"{name}_mask.png", f"{label} on {program.denoiser}")
     draw.block_graph(program, out / f"{name}_blocks.png")
 
-    fast = mc.optimize(t.denoiser, mask)
+    _next_stage(stages, f"{name}: compiling the masked denoiser")
+    fast = mc.optimize(t.denoiser, mask, backend=backend)
     began = time.perf_counter()
     fast.warmup(*args, **kwargs)
     compile_masked = time.perf_counter() - began
-    compiled = torch.compile(t.denoiser, fullgraph=True, dynamic=False)
+    _next_stage(stages, f"{name}: compiling the original")
+    compiled = torch.compile(t.denoiser, fullgraph=True, dynamic=False, backend=backend)
     began = time.perf_counter()
     with torch.no_grad():
         compiled(*args, **kwargs)
     compile_original = time.perf_counter() - began
 
+    _next_stage(stages, f"{name}: sampling")
     variants = {"eager": t.denoiser, "compiled": compiled, "masked": fast}
     pictures: dict[str, Tensor] = {}
 
@@ -82,6 +87,7 @@ def demonstrate(name: str, steps: int, batch: int, repeats: int, out: Path) -> R
         pictures[variant] = sample(t, variants[variant], start)
 
     times = interleaved({v: (lambda v=v: run(v)) for v in variants}, repeats)
+    stages.close()
     print(fast.report())
     draw_samples(t, pictures["eager"], pictures["masked"], out / f"{name}_samples.png", label)
     cost = mc.cost(program, mask)
@@ -104,9 +110,14 @@ def demonstrate(name: str, steps: int, batch: int, repeats: int, out: Path) -> R
     )
 
 
+def _next_stage(stages: tqdm, name: str) -> None:
+    stages.update()
+    stages.set_description(name)
+
+
 def draw_samples(t: Task, original: Tensor, masked: Tensor, path: Path, label: str) -> None:
     """The two grids side by side, the same noise at the same place."""
-    columns = 8 if t.classes is None else len(original) // t.classes
+    columns = min(8, len(original)) if t.classes is None else len(original) // t.classes
     rows = len(original) // columns
     figure = Figure(figsize=(2 * 0.75 * columns + 1.5, 0.75 * rows + 0.6), layout="constrained")
     for axes, pictures, title in zip(figure.subplots(1, 2), (original, masked), ("original", label), strict=True):
@@ -141,18 +152,21 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backend", default="inductor", help="of torch.compile, for the original and the masked denoiser")
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="torch")
-    rows = [demonstrate(name, options.steps, options.batch, options.repeats, options.out) for name in SCHEDULES]
+    rows = [
+        demonstrate(name, options.steps, options.batch, options.repeats, options.backend, options.out) for name in SCHEDULES
+    ]
     caption = (
-        f"{options.steps} DDIM steps, batch {options.batch}, float32, inductor; {hardware()}; "
+        f"{options.steps} DDIM steps, batch {options.batch}, float32, {options.backend}; {hardware()}; "
         f"median of {options.repeats} interleaved runs."
     )
     text = f"{table(rows)}\n\n{caption}\n"

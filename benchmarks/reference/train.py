@@ -5,9 +5,9 @@
 
 Both predict v (Salimans & Ho 2022, arXiv 2202.00512, appendix D) under the cosine schedule (Nichol & Dhariwal 2021,
 arXiv 2102.09672): at 32 x 32 and this little training, predicting the noise leaves the white backgrounds tinted.
-A checkpoint is written every few minutes; the same command resumes from it. At the end the EMA weights are exported as
-fp16 safetensors with diffusers' own ``save_pretrained``, next to this file. Training steps are counted, not timed, so that
-a run on another machine does the same work.
+bf16 autocast, AdamW, EMA of the weights. A checkpoint is written every few minutes and the same command resumes from it. At the
+end the EMA weights are exported as fp16 safetensors with diffusers' own ``save_pretrained``, next to this file. Training steps
+are counted, not timed, so that a run on another machine does the same work.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from tqdm import tqdm
 
 from benchmarks.reference.dataset import CLASSES, SIZE, load
 
@@ -60,6 +61,10 @@ def build_dit() -> DiTTransformer2DModel:
     )
 
 
+def build(name: str) -> UNet2DModel | DiTTransformer2DModel:
+    return build_unet() if name == "unet" else build_dit()
+
+
 def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=True
@@ -81,99 +86,103 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 200) * decay
 
 
-def train(name: str, device: str, steps: int, batch: int, threads: int | None) -> Path:
-    if threads:
-        torch.set_num_threads(threads)
+def train(name: str, device: str, steps: int, pictures: torch.Tensor, labels: torch.Tensor, cache: Path = CACHE) -> Path:
+    """Train the denoiser ``name`` for ``steps`` optimiser steps, from its checkpoint in ``cache`` where there is one.
+
+    pictures: float32 [N, 3, 32, 32] in -1..1. labels: int64 [N]. Returns the checkpoint, which is written every few minutes,
+    at the end, and on Ctrl-C; a resumed training goes on as if it had not stopped.
+    """
+    peak, batch, _ = RECIPE[name]
     torch.manual_seed(0)
-    peak, _, _ = RECIPE[name]
-    denoiser = (build_unet() if name == "unet" else build_dit()).to(device).train()
+    denoiser = build(name).to(device).train()
     if name == "unet":
         denoiser = denoiser.to(memory_format=torch.channels_last)
     scheduler = build_scheduler()
-    pictures, labels = (t.to(device) for t in training_pictures(name))
     # Classes are drawn evenly: hearts are 25 pictures, flags 259.
-    weights = (1.0 / torch.bincount(labels.cpu()).float())[labels.cpu()]
+    weights = (1.0 / torch.bincount(labels).float())[labels]
+    pictures, labels = pictures.to(device), labels.to(device)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=peak, weight_decay=0.0, betas=(0.9, 0.99))
     ema = {k: v.detach().clone() for k, v in denoiser.state_dict().items()}
-    start, seconds = 0, 0.0
+    step, minutes = 0, 0.0
 
-    checkpoint = CACHE / f"{name}.pt"
+    checkpoint = cache / f"{name}.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         denoiser.load_state_dict(state["denoiser"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, start, seconds = state["ema"], state["step"], state["seconds"]
-        print(f"{name}: resumed at step {start}")
+        ema, step, minutes = state["ema"], state["step"], state["minutes"]
 
-    def save(step: int) -> None:
-        partial = checkpoint.with_suffix(".partial")
-        torch.save({"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step,
-                    "seconds": seconds + time.perf_counter() - began}, partial)  # fmt: skip
-        partial.replace(checkpoint)
+    def save() -> None:
+        state = {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step}
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save({**state, "minutes": minutes + (time.perf_counter() - began) / 60}, checkpoint.with_suffix(".partial"))
+        checkpoint.with_suffix(".partial").replace(checkpoint)
 
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
-    began = last = time.perf_counter()
-    mean_loss = 0.0
-    for step in range(start, steps):
-        # One generator a step, so that a resumed run sees the pictures and noise that an uninterrupted one would.
-        draw = torch.Generator().manual_seed(step)
-        index = torch.multinomial(weights, batch, replacement=True, generator=draw).to(device)
-        noise = torch.randn(batch, 3, SIZE, SIZE, generator=draw).to(device)
-        timesteps = torch.randint(0, 1000, (batch,), generator=draw).to(device)
-        clean = pictures[index]
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        target = scheduler.get_velocity(clean, noise, timesteps)
-        with autocast:
-            if name == "unet":
-                predicted = denoiser(noisy.contiguous(memory_format=torch.channels_last), timesteps, return_dict=False)[0]
-            else:
-                predicted = denoiser(noisy, timesteps, labels[index], return_dict=False)[0]
-        loss = torch.nn.functional.mse_loss(predicted.float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        with torch.no_grad():
-            state = denoiser.state_dict()
-            floating = [key for key, value in state.items() if value.is_floating_point()]
-            torch._foreach_lerp_([ema[k] for k in floating], [state[k] for k in floating], 1 - decay)
-        value = loss.item()
-        mean_loss = value if step == start else 0.99 * mean_loss + 0.01 * value
-        if step % 20 == 0:
-            rate = (step - start + 1) * batch / (time.perf_counter() - began)
-            print(f"{name}: step {step}/{steps} loss {mean_loss:.4f} {rate:.1f} pictures/s", flush=True)
-        if time.perf_counter() - last > SECONDS_PER_CHECKPOINT:
-            save(step + 1)
-            last = time.perf_counter()
-    save(steps)
-    return export(name)
+    began = saved = time.perf_counter()
+    bar = tqdm(total=steps, initial=step, desc=name, mininterval=10)
+    try:
+        while step < steps:
+            # Seeded anew at each step, so that a resumed run sees the pictures and noise that an uninterrupted one would.
+            torch.manual_seed(step)
+            index = torch.multinomial(weights, batch, replacement=True)
+            noise = torch.randn(batch, 3, SIZE, SIZE).to(device)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,)).to(device)
+            clean = pictures[index.to(device)]
+            noisy, target = scheduler.add_noise(clean, noise, timesteps), scheduler.get_velocity(clean, noise, timesteps)
+            extra = {} if name == "unet" else {"class_labels": labels[index.to(device)]}
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                predicted = denoiser(noisy, timesteps, return_dict=False, **extra)[0]
+            loss = torch.nn.functional.mse_loss(predicted.float(), target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, peak)
+            optimizer.step()
+            follow(ema, denoiser, min(EMA_DECAY, (1 + step) / (10 + step)))
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if time.perf_counter() - saved > SECONDS_PER_CHECKPOINT:
+                save()
+                saved = time.perf_counter()
+    finally:
+        save()
+    return checkpoint
 
 
-def export(name: str) -> Path:
-    """Write the EMA weights of the last checkpoint as ``benchmarks/reference/<name>`` (fp16) with its scheduler."""
-    state = torch.load(CACHE / f"{name}.pt", map_location="cpu", weights_only=True)
-    denoiser = build_unet() if name == "unet" else build_dit()
+@torch.no_grad()
+def follow(ema: dict[str, torch.Tensor], denoiser: torch.nn.Module, decay: float) -> None:
+    """Move the exponential moving average of the weights."""
+    state = denoiser.state_dict()
+    floating = [key for key, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([ema[k] for k in floating], [state[k] for k in floating], 1 - decay)
+
+
+def export(name: str, checkpoint: Path, folder: Path) -> None:
+    """Write the EMA weights of a checkpoint as a diffusers folder (fp16 safetensors) with its scheduler."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    denoiser = build(name)
     denoiser.load_state_dict(state["ema"])
-    folder = HERE / name
     denoiser.eval().half().save_pretrained(folder)
     build_scheduler().save_pretrained(folder / "scheduler")
-    print(f"{name}: exported after {state['step']} steps, {state['seconds'] / 60:.0f} minutes -> {folder}")
-    return folder
+    print(f"{name}: exported after {state['step']} steps, {state['minutes']:.0f} minutes -> {folder}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("denoiser", choices=sorted(RECIPE))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps; default: the recipe's")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint as it is")
     options = parser.parse_args()
-    if options.export_only:
-        export(options.denoiser)
-    else:
-        _, batch, steps = RECIPE[options.denoiser]
-        train(options.denoiser, options.device, options.steps or steps, batch, options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    pictures, labels = training_pictures(options.denoiser)
+    steps = options.steps or RECIPE[options.denoiser][2]
+    checkpoint = train(options.denoiser, options.device, steps, pictures, labels)
+    export(options.denoiser, checkpoint, HERE / options.denoiser)
+
+
+if __name__ == "__main__":
+    main()
