@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, check_blocks
 from maskcompile.program import Program
 from maskcompile.signature import bind
+from passes.capture import kept_state
 from passes.dependencies import Slots, slot_dependencies
 from passes.plan import Plan, plan_run, share_graphs
 from passes.rectify import rectify as _rectify
@@ -25,7 +26,7 @@ def count_macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     Convolutions, matrix products and both products of attention count; two FLOPs are one multiply-accumulate.
     """
     call = bind(model, args, kwargs)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with kept_state(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(value: Any) -> Any:
             return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
@@ -58,11 +59,13 @@ class Cost:
 
     @property
     def peak_cache_bytes(self) -> int:
+        """Bytes of the fullest cache, after whichever step that is."""
         return max(self.cache_bytes)
 
 
 def slots_of(program: Program, mask: Mask) -> Slots:
     """The slot graph for the blocks of ``mask``. Raises MaskError when the program has no record of one of them."""
+    check_blocks(program.capture, mask)
     known = {call.block for call in program.capture.calls}
     if missing := [block for block in mask.blocks if block not in known]:
         raise MaskError(
@@ -79,7 +82,10 @@ def plans_of(program: Program, mask: Mask) -> tuple[Slots, list[Plan]]:
 
 
 def cost(program: Program, mask: Mask) -> Cost:
-    """MACs, cache memory and distinct graphs of a whole run under ``mask``."""
+    """MACs, cache memory and distinct graphs of a whole run under ``mask``, at the batch that ``program`` was traced with.
+
+    Raises MaskError when the mask has a block that the program has no record of.
+    """
     slots, plans = plans_of(program, mask)
     return Cost(
         full_macs=slots.total_macs * mask.steps,

@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
+
+from passes.capture import Capture
 
 FORMAT = "maskcompile mask"
 VERSION = 1
@@ -45,11 +48,11 @@ class Mask:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         array = np.asarray(compute)
-        self.blocks = tuple(blocks)
-        self.timesteps = tuple(_number(t) for t in timesteps)
-        self.denoiser = denoiser
-        self.block_hash = block_hash
-        self.provenance: dict[str, Any] = dict(provenance or {})
+        self._blocks = tuple(blocks)
+        self._timesteps = tuple(_number(t) for t in timesteps)
+        self._denoiser = denoiser
+        self._block_hash = block_hash
+        self._provenance = dict(provenance or {})
         if array.dtype != np.bool_:
             raise MaskError(
                 f"a mask is boolean, True = compute; got dtype {array.dtype}: pass `compute > threshold` or `.bool()`."
@@ -70,8 +73,8 @@ class Mask:
                 "timesteps must be in sampling order without repeats, all falling or all rising; got "
                 f"{self.timesteps[worst]} followed by {self.timesteps[worst + 1]} at step {worst + 1}."
             )
-        self.compute: NDArray[np.bool_] = array.copy()
-        self.compute.setflags(write=False)
+        self._compute: NDArray[np.bool_] = array.copy()
+        self._compute.setflags(write=False)
 
     @classmethod
     def full(cls, blocks: Sequence[str], timesteps: Iterable[float]) -> Mask:
@@ -80,8 +83,38 @@ class Mask:
         return cls(np.ones((len(steps), len(blocks)), dtype=np.bool_), blocks=blocks, timesteps=steps)
 
     @property
+    def compute(self) -> NDArray[np.bool_]:
+        """bool [steps, blocks], read-only."""
+        return self._compute
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self._blocks
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        return self._timesteps
+
+    @property
+    def denoiser(self) -> str | None:
+        """Class name of the denoiser that the mask was made for."""
+        return self._denoiser
+
+    @property
+    def block_hash(self) -> str | None:
+        return self._block_hash
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return MappingProxyType(self._provenance)
+
+    @property
     def steps(self) -> int:
+        """Number of steps T."""
         return len(self.timesteps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.compute, self.blocks, self.timesteps, self.denoiser, self.block_hash, self._provenance)
 
     def replace(self, compute: ArrayLike, **provenance: Any) -> Mask:
         """The same blocks, timesteps and denoiser with another ``compute``; provenance is added to."""
@@ -134,7 +167,7 @@ class Mask:
             "version": VERSION,
             "denoiser": self.denoiser,
             "block_hash": self.block_hash,
-            "provenance": self.provenance,
+            "provenance": self._provenance,
             "blocks": list(self.blocks),
             "timesteps": list(self.timesteps),
             "compute": ["".join("1" if c else "0" for c in row) for row in self.compute],
@@ -187,6 +220,10 @@ class Mask:
             raise MaskError(f"{path}: {error}") from None
 
 
+def _rebuild(compute: Any, blocks: Any, timesteps: Any, denoiser: Any, block_hash: Any, provenance: Any) -> Mask:
+    return Mask(compute, blocks=blocks, timesteps=timesteps, denoiser=denoiser, block_hash=block_hash, provenance=provenance)
+
+
 def hash_blocks(model: nn.Module, blocks: Sequence[str]) -> str:
     """A hash of the block list: each path with the names and shapes of its parameters."""
     described = [[block, [[n, list(p.shape)] for n, p in model.get_submodule(block).named_parameters()]] for block in blocks]
@@ -208,6 +245,15 @@ def check_mask(mask: Mask, model: nn.Module) -> None:
         raise MaskError(
             f"the mask was made for another {name}: its blocks have the same names and other parameter shapes. "
             "Make a mask for this denoiser."
+        )
+
+
+def check_blocks(captured: Capture, mask: Mask) -> None:
+    """Raises MaskError when a block of the mask returns nothing that could be stored."""
+    if opaque := [block for block in mask.blocks if block in captured.opaque]:
+        raise MaskError(
+            f"block {opaque[0]!r} returns no tensor that torch's pytree can see, so nothing of it can be reused; "
+            "use the blocks within it, or register its return type with torch.utils._pytree."
         )
 
 

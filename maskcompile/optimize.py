@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from maskcompile.mask import Mask
@@ -30,7 +32,8 @@ def optimize(
     compile_options: passed to torch.compile (mode, options, dynamic).
 
     Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with offloading hooks, or already
-    optimised. At the first call CaptureError where the model cannot be captured.
+    optimised, TypeError for options that torch.compile does not have. At the first call CaptureError where the model cannot be
+    captured.
     """
     if isinstance(model, OptimizedDenoiser):
         raise ValueError("this denoiser is already optimised; use fast.set_mask(mask), or optimize(fast.original, mask).")
@@ -38,5 +41,10 @@ def optimize(
         raise TypeError(
             f"optimize takes a denoiser (nn.Module); got {type(model).__name__}. For a pipeline, pass its unet or transformer."
         )
+    unknown = set(compile_options) - set(inspect.signature(torch.compile).parameters)
+    if unknown:
+        raise TypeError(f"torch.compile has no option {sorted(unknown)[0]!r}.")
+    if backend == "eager" and compile_options:
+        raise ValueError(f"backend 'eager' compiles nothing; leave out {sorted(compile_options)[0]!r}.")
     check_capturable(model)
     return OptimizedDenoiser(model, mask, backend=backend, timestep=timestep, options=compile_options)

@@ -22,12 +22,17 @@ class SignatureReport:
 
     @property
     def share(self) -> float:
+        """MACs with the mask as a share of those without."""
         return self.macs / self.full_macs if self.full_macs else 1.0
 
 
 @dataclass(frozen=True)
 class Report:
-    """The state of an optimised denoiser. calls: since the mask was set; reusing_calls: those that reused any block."""
+    """The state of an optimised denoiser.
+
+    blocks, steps: of the mask. calls: since the mask was set. reusing_calls: those that reused any block. unknown_timesteps:
+    calls at a timestep that the mask does not know. skips: times that a run went past steps of the mask. cache_bytes: held now.
+    """
 
     denoiser: str
     backend: str
@@ -37,6 +42,7 @@ class Report:
     calls: int
     reusing_calls: int
     unknown_timesteps: int
+    skips: int
     cache_bytes: int
 
     def __str__(self) -> str:
@@ -58,5 +64,7 @@ class Report:
             lines.append(
                 f"  NOT IN THE MASK {self.unknown_timesteps} calls had a timestep the mask does not know: computed in full"
             )
+        if self.skips:
+            lines.append(f"  SKIPPED STEPS  {self.skips} times; the step after a skip computes every block that it needs")
         lines.append(f"  held now       {self.cache_bytes / 2**20:.2f} MiB")
         return "\n".join(lines)

@@ -1,12 +1,7 @@
-"""The optimised denoiser: finds the step of each call, keeps the cache of each run, and executes the specialised graphs.
+"""The optimised denoiser: plans each call's step, keeps the cache of each run, and executes the specialised graphs.
 
-How calls become runs. The timestep of a call says which row of the mask applies. A later step than the last one goes on with
-the run; an earlier one, or one out of another scheduler tensor, starts a new run. The same timestep again is another trajectory
-beside the first (a separate pass for guidance, the second call of a 2nd-order solver), with a cache of its own, or the start of
-another run after one that stopped there; which of the two shows only at the next steps. So trajectories go on only where the
-last two steps had equally many calls (the first step of a run: one call), and else start over with an empty cache: what they
-lack is computed. So does a run that skips steps, changes its input shapes, or was not at the step before. A timestep that the
-mask does not know computes everything and stores what the next steps of the mask reuse.
+``maskcompile.runs`` decides which call belongs to which run. A timestep that the mask does not know computes everything and
+stores what the next steps of the mask reuse. Nothing of a run's state changes before a call has succeeded.
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,17 +22,15 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from maskcompile.compile import Executable, compile_graph
-from maskcompile.mask import Mask, check_mask
+from maskcompile.fingerprint import Fingerprint, changes, fingerprint
+from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.report import Report, SignatureReport
-from maskcompile.signature import Call, bind, check_capturable, describe, timestep_name
-from passes.blocks import tensor_info
+from maskcompile.runs import Runs, Trajectory, Where, advance, commit, current, locate, sampling_order
+from maskcompile.signature import Call, bind, check_autocast, check_capturable, describe, timestep_name
 from passes.capture import Capture, CaptureError, Slot, capture, composite_modules
 from passes.dependencies import Slots, slot_dependencies
 from passes.plan import GraphKey, Plan, plan_run, share_graphs
 from passes.specialise import specialise
-
-#: Trajectories at one timestep before further calls are taken for new runs (somebody timing one step in a loop).
-MOST_TRAJECTORIES = 8
 
 
 @dataclass
@@ -73,17 +66,6 @@ class _Schedule:
 
     plans: list[Plan]
     graphs: list[GraphKey]
-
-
-@dataclass
-class _Trajectory:
-    """One run in progress. position: index of its last plan in the schedule; next_step: the mask's step that continues it."""
-
-    key: tuple[Any, ...]
-    schedule: _Schedule
-    next_step: int
-    position: int = -1
-    cache: dict[Slot, Tensor] = field(default_factory=dict)
 
 
 class OptimizedDenoiser(nn.Module):
@@ -124,7 +106,8 @@ class OptimizedDenoiser(nn.Module):
         self._signature = signature
         self._captures: dict[tuple[Any, ...], _Captured] = {}
         self._marked: set[str] = set()
-        self._fingerprint: tuple[Any, ...] = ()
+        self._fingerprint: Fingerprint = {}
+        self._volatile: set[tuple[str, str]] = set()
         self.forward = self._make_forward()
         self.set_mask(mask)
 
@@ -145,21 +128,15 @@ class OptimizedDenoiser(nn.Module):
             self._captures.clear()
             self._marked = marked | set(mask.blocks)
         self._mask = mask
-        self._sign = 1.0 if mask.steps < 2 or mask.timesteps[1] > mask.timesteps[0] else -1.0
-        self._steps_by_dtype: dict[torch.dtype, dict[float, list[int]]] = {}
         self._schedules: dict[tuple[Any, ...], _Schedule] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
         self._shared: dict[tuple[Any, ...], dict[Plan, GraphKey]] = {}
-        self._calls = self._reusing = self._unknown = 0
+        self._calls = self._reusing = self._unknown = self._skipped = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget the run in progress; the next call starts a new one."""
-        self._trajectories: list[_Trajectory] = []
-        self._order: float | None = None  # of the last call, in sampling order
-        self._index = 0  # calls so far at that timestep
-        self._expected: tuple[int, ...] = (1,)  # how many calls there let trajectories go on to the next one
-        self._source: torch.UntypedStorage | None = None
+        self._runs = Runs()
 
     def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self.original.forward)
@@ -171,101 +148,78 @@ class OptimizedDenoiser(nn.Module):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.original.training:
             raise ValueError(f"{type(self.original).__name__} is in train mode; call .eval() on the denoiser first.")
+        check_autocast()
         call = bind(self.original, args, kwargs, self._signature, self._timestep)
+        if call.timestep is None:
+            raise ValueError(f"the denoiser was called without a tensor or number for {self._timestep!r}.")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             raise ValueError(
                 "an optimised denoiser computes no gradients; call the original, or pass inputs without requires_grad."
             )
         with torch.no_grad():
-            trajectory = self._advance(call)
-            position = trajectory.position
-            plan, key = trajectory.schedule.plans[position], trajectory.schedule.graphs[position]
-            graph = self._graph(self._captures[call.key], key)
+            where = locate(self._mask, call.timestep, self._runs.last)
+            runs = advance(self._runs, where)
+            trajectory = current(runs, call.key)
+            if trajectory is None:
+                if self._check_weights():
+                    runs = advance(Runs(), where)
+                if call.key not in self._captures:
+                    self._captures[call.key] = self._capture(call)
+                trajectory = self._begin(call.key, where)
+            schedule = self._schedule(trajectory.key, trajectory.start, trajectory.leading)
+            plan, key = schedule.plans[trajectory.position], schedule.graphs[trajectory.position]
+            captured = self._captures[call.key]
+            graph = self._graph(captured, key)
             outputs = graph(*call.tensors, *(trajectory.cache[slot] for slot in key.reads))
-        held = dict(zip(key.stores, outputs[graph.results :], strict=True))
-        trajectory.cache = {slot: held[slot] if slot in held else trajectory.cache[slot] for slot in plan.held}
+        # A shared graph may return more than this plan stores; that is not the run's to keep.
+        stored = {slot: t for slot, t in zip(key.stores, outputs[graph.results :], strict=True) if slot in plan.stores}
+        cache = {slot: stored[slot] if slot in stored else trajectory.cache[slot] for slot in plan.held}
+        self._count(runs, where, trajectory, plan)
+        self._runs = commit(
+            runs,
+            replace(
+                trajectory,
+                position=trajectory.position + 1,
+                next_step=trajectory.next_step if where.step is None else where.step + 1,
+                cache=cache,
+            ),
+        )
+        return _result(captured.capture, outputs[: graph.results])
+
+    def _begin(self, key: tuple[Any, ...], where: Where) -> Trajectory:
+        """A trajectory that starts at this call, with nothing in its cache."""
+        if where.step is not None:
+            return Trajectory(key, where.step, False, 0, where.step, {})
+        following = sum(1 for t in self._mask.timesteps if sampling_order(self._mask, t) < where.order)
+        return Trajectory(key, following, True, 0, following, {})
+
+    def _count(self, runs: Runs, where: Where, trajectory: Trajectory, plan: Plan) -> None:
+        """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
         self._calls += 1
         self._reusing += bool(plan.reads)
-        return _result(self._captures[call.key].capture, outputs[: graph.results])
-
-    def _advance(self, call: Call) -> _Trajectory:
-        """The trajectory that this call belongs to, moved on to its step."""
-        step, order = self._find(call.timestep)
-        source = _scheduler_storage(call.timestep)
-        if (
-            self._order is None
-            or order < self._order
-            or (order == self._order and self._index >= MOST_TRAJECTORIES)
-            or (source and self._source and source.data_ptr() != self._source.data_ptr())
-        ):
-            self.reset()
-            self._check_weights()
-        if call.key not in self._captures:  # may fail, so nothing of the run in progress is touched before
-            self._captures[call.key] = self._capture(call)
-        if self._order is not None and order > self._order:
-            clear = self._index not in self._expected
-            if clear:
-                self._trajectories.clear()
-            # After a clear, one call at a step is unmistakable, as it is at the start of a run.
-            self._expected, self._index = ((self._index, 1) if clear else (self._index,)), 0
-        self._order, self._source = order, source
-        index, self._index = self._index, self._index + 1
-        known = self._trajectories[index] if index < len(self._trajectories) else None
-        if known is not None and step is not None and known.next_step == step and known.key == call.key:
-            known.position += 1
-            known.next_step += 1
-            return known
-        if step is None:
-            start = sum(1 for t in self._mask.timesteps if self._sign * t < order)
-            schedule, next_step = self._schedule(call.key, start, leading=True), start
-        else:
-            schedule, next_step = self._schedule(call.key, step, leading=False), step + 1
-        fresh = _Trajectory(call.key, schedule, next_step, 0)
-        self._trajectories[index : index + 1] = [fresh]
-        return fresh
-
-    def _find(self, timestep: Tensor | None) -> tuple[int | None, float]:
-        """(step of the mask or None, position of the timestep in sampling order)."""
-        if timestep is None:
-            raise ValueError(f"the denoiser was called without a tensor or number for {self._timestep!r}.")
-        values = timestep.reshape(-1)
-        if values.numel() > 1 and not bool((values == values[0]).all()):
-            self._warn_unknown("a batch with different timesteps")
-            self.reset()
-            return None, float("inf")
-        value = values[0].item()
-        steps = self._steps_by_dtype.get(timestep.dtype)
-        if steps is None:
-            # Compared in the dtype of the call: a pipeline may have rounded the scheduler's value to bfloat16.
-            steps = {}
-            for index, rounded in enumerate(
-                torch.tensor(self._mask.timesteps, dtype=torch.float64).to(timestep.dtype).tolist()
-            ):
-                steps.setdefault(rounded, []).append(index)
-            self._steps_by_dtype[timestep.dtype] = steps
-        if value in steps:
-            candidates = steps[value]
-            # Several steps only where rounding made them equal; then the first that is not behind the run.
-            behind = self._order if self._order is not None else float("-inf")
-            step = next((s for s in candidates if self._sign * self._mask.timesteps[s] > behind), candidates[0])
-            return step, self._sign * self._mask.timesteps[step]
-        self._warn_unknown(f"timestep {value:g}")
-        return None, self._sign * value
-
-    def _warn_unknown(self, what: str) -> None:
-        if not self._unknown:
-            steps = self._mask.timesteps
-            warnings.warn(
-                f"the mask ({len(steps)} steps, {steps[0]:g} to {steps[-1]:g}) does not know {what}; such calls compute every "
-                "block. Use the scheduler and number of steps that the mask was made for.",
-                stacklevel=8,
-            )
-        self._unknown += 1
+        steps = self._mask.timesteps
+        if where.step is None:
+            self._unknown += 1
+            if self._unknown == 1:
+                what = "a batch with different timesteps" if np.isnan(where.value) else f"timestep {where.value:g}"
+                _warn(
+                    f"the mask ({len(steps)} steps, {steps[0]:g} to {steps[-1]:g}) does not know {what}; such calls compute "
+                    "every block. Use the scheduler and number of steps that the mask was made for."
+                )
+        before = runs.trajectories[runs.calls] if runs.calls < len(runs.trajectories) else None
+        if before is not None and where.step is not None and before.next_step < where.step:
+            self._skipped += 1
+            if self._skipped == 1:
+                _warn(
+                    f"this run skips from step {before.next_step - 1} of the mask to step {where.step}; a step after a skip "
+                    "computes every block that it needs. Make the mask for the timesteps of the run."
+                )
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
 
     def _capture(self, call: Call) -> _Captured:
         check_capturable(self.original)
+        before = fingerprint(self.original)
         start = time.perf_counter()
         marked = {*composite_modules(self.original), *self._marked}
         try:
@@ -274,25 +228,26 @@ class OptimizedDenoiser(nn.Module):
             raise
         except Exception as error:
             weights = sorted({f"{str(p.dtype)[6:]} on {p.device}" for p in self.original.parameters()})
-            raise type(error)(
+            raise RuntimeError(
                 f"{type(self.original).__name__} (weights {', '.join(weights)}) does not run on these inputs "
                 f"({describe(call)}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
-        self._fingerprint = self._fingerprint or _fingerprint(self.original)
+        check_blocks(captured, self._mask)
+        # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
+        self._fingerprint = fingerprint(self.original)
+        self._volatile |= changes(before, self._fingerprint)
         return _Captured(captured, describe(call), time.perf_counter() - start)
 
-    def _check_weights(self) -> None:
-        """Weights or modules replaced since the capture (not updated in place): capture again."""
-        if self._captures and _fingerprint(self.original) != self._fingerprint:
-            self._drop_captures()
-
-    def _drop_captures(self) -> None:
+    def _check_weights(self) -> bool:
+        """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
+        if not self._captures or changes(self._fingerprint, fingerprint(self.original)) <= self._volatile:
+            return False
         self._captures.clear()
-        self._fingerprint = ()
         self._schedules.clear()
         self._slots.clear()
         self._shared.clear()
         self.reset()
+        return True
 
     def _schedule(self, key: tuple[Any, ...], start: int, leading: bool) -> _Schedule:
         """Plans of the steps from ``start`` on, after one more that computes everything where ``leading``."""
@@ -317,9 +272,10 @@ class OptimizedDenoiser(nn.Module):
         return graph
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
-        """Capture the denoiser at these inputs and compile every graph of a whole run, so that no later call has to.
+        """Capture the denoiser at these inputs and compile every graph of a run from the first step to the last.
 
-        The values of the inputs do not matter. A run in progress is given up.
+        Runs that start later, and those with several calls a step, may need a graph more. The values of the inputs do not
+        matter. A run in progress is given up.
         """
         call = bind(self.original, args, kwargs, self._signature, self._timestep)
         self.reset()
@@ -329,9 +285,11 @@ class OptimizedDenoiser(nn.Module):
                 self._captures[call.key] = self._capture(call)
             captured = self._captures[call.key]
             distinct = list(dict.fromkeys(self._schedule(call.key, 0, leading=False).graphs))
+            examples: dict[Slot, Tensor] = {}  # a slot is stored before it is read
             for key in tqdm(distinct, desc="compiling graphs", delay=2, leave=False, disable=None):
-                cached = [_empty(captured.capture, slot, call.tensors[0].device) for slot in key.reads]
-                self._graph(captured, key)(*call.tensors, *cached)
+                graph = self._graph(captured, key)
+                outputs = graph(*call.tensors, *(examples[slot] for slot in key.reads))
+                examples.update(zip(key.stores, outputs[graph.results :], strict=True))
 
     def report(self) -> Report:
         """What the mask costs and saves, what was compiled, and what calls so far did."""
@@ -360,13 +318,14 @@ class OptimizedDenoiser(nn.Module):
             calls=self._calls,
             reusing_calls=self._reusing,
             unknown_timesteps=self._unknown,
+            skips=self._skipped,
             cache_bytes=self.cache_bytes,
         )
 
     @property
     def cache_bytes(self) -> int:
         """Bytes that the runs in progress hold at this moment."""
-        return sum(t.untyped_storage().nbytes() for trajectory in self._trajectories for t in trajectory.cache.values())
+        return sum(t.untyped_storage().nbytes() for trajectory in self._runs.trajectories for t in trajectory.cache.values())
 
     # ---- looking like the original --------------------------------------------------------------------------------------
 
@@ -416,28 +375,9 @@ def _unpickle(original: nn.Module, mask: Mask, backend: Any, timestep: str, opti
     return OptimizedDenoiser(original, mask, backend=backend, timestep=timestep, options=options)
 
 
-def _scheduler_storage(timestep: Tensor | None) -> torch.UntypedStorage | None:
-    """The memory of the tensor of timesteps that ``timestep`` is one element of, None where it is not.
-
-    ``for t in scheduler.timesteps`` yields views, and ``set_timesteps`` makes a new tensor for every run of a pipeline.
-    """
-    if timestep is None or any(timestep.stride()):
-        return None
-    storage = timestep.untyped_storage()
-    return storage if storage.nbytes() > timestep.element_size() else None
-
-
-def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Which modules, parameters and buffers a denoiser consists of, and their dtypes and devices; not their values."""
-    modules = tuple((name, id(module)) for name, module in model.named_modules())
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return modules, tuple((name, id(t), t.dtype, t.device) for name, t in tensors)
-
-
-def _empty(captured: Capture, slot: Slot, device: torch.device) -> Tensor:
-    info = tensor_info(captured.marks[slot])
-    strides = captured.marks[slot].meta["val"].stride()
-    return torch.empty_strided(info.shape, strides, dtype=info.dtype, device=device).zero_()
+def _warn(message: str) -> None:
+    """Warn at the line that called the denoiser: above _count, _call, forward and the two frames of Module.__call__."""
+    warnings.warn(message, stacklevel=7)
 
 
 def _result(captured: Capture, tensors: tuple[Tensor, ...]) -> Any:

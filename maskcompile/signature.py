@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "s
 class Call:
     """A call in canonical form.
 
-    args, kwargs: every parameter of ``forward`` with defaults applied; a timestep given as a Python number is a 0-d tensor.
+    args, kwargs: as given, keywords sorted; a timestep given as a whole Python number is a 0-d tensor.
     tensors: the tensor leaves in pytree order. key: equal for calls that one capture serves. timestep: None where the
     denoiser has no such parameter.
     """
@@ -45,8 +46,9 @@ def bind(
 ) -> Call:
     """Put a call into canonical form. Raises TypeError for arguments that ``forward`` does not take or a capture cannot hold.
 
-    A Python number is baked into a captured graph, so a timestep given as one becomes a tensor: int64 for an int, float64 for
-    a float, as diffusers itself converts them.
+    What is positional stays so, and keywords stay keywords, because decorators of ``forward`` may look into either. A Python
+    number is baked into a captured graph, so a timestep given as a whole one becomes a 0-d tensor: int64 for an int, float64
+    for a float. A fractional float is left to the model (UNet2DModel truncates it) and gets a capture of its own.
     """
     signature = signature or inspect.signature(model.forward)
     timestep = timestep or timestep_name(signature)
@@ -54,13 +56,19 @@ def bind(
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{type(model).__name__}.forward{signature}: {error}") from None
-    bound.apply_defaults()
+    args, kwargs = list(args), {name: kwargs[name] for name in sorted(kwargs)}
     value = bound.arguments.get(timestep) if timestep else None
-    if timestep and isinstance(value, (int, float)) and not isinstance(value, bool):
-        device = next((leaf.device for leaf in pytree.tree_leaves(bound.arguments) if isinstance(leaf, Tensor)), None)
-        dtype = torch.int64 if isinstance(value, int) else torch.float64
-        bound.arguments[timestep] = value = torch.tensor(value, dtype=dtype, device=device)
-    leaves, spec = pytree.tree_flatten((bound.args, bound.kwargs))
+    if timestep and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        number = value
+        dtype = torch.int64 if isinstance(number, numbers.Integral) else torch.float64
+        value = torch.tensor(number, dtype=dtype, device=device)
+        if float(number).is_integer():
+            if timestep in kwargs:
+                kwargs[timestep] = value
+            else:
+                args[list(signature.parameters).index(timestep)] = value
+    leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
     described: list[tuple[Any, ...]] = []
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -97,6 +105,11 @@ def check_capturable(model: nn.Module) -> None:
                 f"{place} has a diffusers hook ({', '.join(registry.hooks)}), which a captured graph would bypass; "
                 "disable caching, layerwise casting or group offloading first."
             )
+    check_autocast()
+
+
+def check_autocast() -> None:
+    """Raises ValueError under torch.autocast."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise ValueError("autocast is active, which a capture does not see; cast the denoiser with .to(dtype) instead.")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ from torch.fx import Node
 
 from passes.capture import Capture, composite_modules, module_of
 
-#: Patterns of module paths and module types, or a predicate of (path, module).
+#: Patterns of module paths ("*" within a path segment, "**" for any number of them) and module types, or a predicate of
+#: (path, module).
 BlockSelection = Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 _LARGEST_LAYER = 3  # self-attention, cross-attention, feed-forward
@@ -66,13 +68,22 @@ def select_modules(model: nn.Module, selection: BlockSelection | None) -> list[s
     chosen = set()
     for item in selection:
         if isinstance(item, str):
-            taken = {name for name, _ in modules if fnmatchcase(name, item)}
+            taken = {name for name, _ in modules if _matches(tuple(name.split(".")), tuple(item.split(".")))}
         else:
             taken = {name for name, module in modules if isinstance(module, item)}
         if not taken:
             raise ValueError(f"{item!r} takes no module of {type(model).__name__}.")
         chosen |= taken
     return [name for name, _ in modules if name in chosen]
+
+
+@cache
+def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return _matches(path, pattern[1:]) or (bool(path) and _matches(path[1:], pattern))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
 def default_blocks(capture: Capture, model: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from passes.blocks import tensor_info
-from passes.capture import MARK, Capture, Slot
+from passes.capture import MARK, Capture
 from passes.dependencies import result_nodes
 from passes.plan import GraphKey
 
@@ -25,15 +25,15 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
     Inputs and results are those of the denoiser in pytree order, reads and stores in the order of ``key``. The tensors to
     store never share memory with an input or a result, which the caller may change in place.
     """
-    reused = {capture.marks[slot]: slot for slot in key.reads}
+    reused = {capture.marks[slot] for slot in key.reads}
     results, stores = result_nodes(capture), [capture.marks[slot] for slot in key.stores]
     live = _live_nodes([*results, *stores], reused)
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in capture.inputs:
         copies[node] = graph.node_copy(node)
-    for node, slot in reused.items():
-        copies[node] = _reuse(graph, slot, node)
+    for position, slot in enumerate(key.reads):
+        copies[capture.marks[slot]] = _reuse(graph, position, capture.marks[slot])
     for node in capture.graph_module.graph.nodes:
         if node in copies or node not in live:
             continue
@@ -48,14 +48,14 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
     return GraphModule(capture.graph_module, graph, class_name="SpecialisedDenoiser")
 
 
-def _reuse(graph: Graph, slot: Slot, mark: Node) -> Node:
+def _reuse(graph: Graph, position: int, mark: Node) -> Node:
     """What stands for a reused output. The rule is *hold*: the stored tensor itself, a new input of the graph."""
-    placeholder = graph.placeholder(f"cached_{slot.block.replace('.', '_')}_{slot.call}_{slot.index}")
+    placeholder = graph.placeholder(f"cached_{position}")
     placeholder.meta["val"] = mark.meta["val"]
     return placeholder
 
 
-def _live_nodes(roots: Iterable[Node], reused: dict[Node, Slot]) -> set[Node]:
+def _live_nodes(roots: Iterable[Node], reused: set[Node]) -> set[Node]:
     live: set[Node] = set()
     pending = list(roots)
     while pending:

@@ -29,11 +29,13 @@ class Executor:
 
     def reset(self) -> None:
         self.stored: dict = {}
+        self.within: dict = {}
 
     @contextmanager
     def _swapped(self, row: Sequence[bool]) -> Iterator[None]:
         counts: Counter = Counter()
         modules = [self.model.get_submodule(name) for name in self.blocks]
+        own = [vars(module).get("forward") for module in modules]
 
         def swap(name, module, runs):
             forward = module.forward
@@ -42,9 +44,11 @@ class Executor:
                 key = (name, counts[name])
                 counts[name] += 1
                 if not runs and key in self.stored:
+                    counts.update(self.within[key])  # calls that would have happened inside keep their numbers
                     return copy(self.stored[key])
+                before = counts.copy()
                 output = forward(*args, **kwargs)
-                self.stored[key] = copy(output)
+                self.stored[key], self.within[key] = copy(output), counts - before
                 return output
 
             module.forward = masked
@@ -54,8 +58,10 @@ class Executor:
         try:
             yield
         finally:
-            for module in modules:
+            for module, forward in zip(modules, own, strict=True):
                 del module.forward
+                if forward is not None:
+                    module.forward = forward
 
     def step(self, index: int, *args, **kwargs):
         with torch.no_grad(), self._swapped(self.compute[index]):

@@ -30,34 +30,61 @@ class Pair(nn.Module):
         return x + first, self.side(first)
 
 
+class Norm(nn.Module):
+    """A block without a multiplication that counts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.Sequential(nn.LayerNorm(width))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.norm(x) + time
+
+
+class Sharing(nn.Module):
+    """Calls a module that others call too."""
+
+    def __init__(self, width: int, shared: Block) -> None:
+        super().__init__()
+        self.own = nn.Sequential(nn.Linear(width, width))
+        self.call = [shared]  # not a submodule of this one
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.own(self.call[0](x, time))
+
+
 class Chain(nn.Module):
     """x -> a -> b -> c -> result, with a skip from a around b: c(b(a) + a)."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.a, self.b, self.c = Block(width), Block(width), Block(width)
+        self.gain = 1.0
+        self.settings = {"b": {"scale": 1.0}}
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         time = timestep.float().reshape(-1, 1) / 1000
         a = self.a(sample, time)
-        return self.c(self.b(a, time) + a, time)
+        return self.c(self.b(a, time) * self.settings["b"]["scale"] + a, time) * self.gain
 
 
 class RandomDag(nn.Module):
-    """Blocks that read random earlier outputs: plain, tuple-valued with a nested one, and one that is called twice."""
+    """Blocks that read random earlier outputs: plain, without MACs, tuple-valued with a nested one, and one that is called
+    several times, by itself and from within others."""
 
     def __init__(self, seed: int, blocks: int = 6, width: int = 4) -> None:
         super().__init__()
         draw = random.Random(seed)
         torch.manual_seed(seed)
-        self.blocks = nn.ModuleList(Pair(width) if draw.random() < 0.4 else Block(width) for _ in range(blocks))
         self.shared = Block(width)
+        kinds = (Block, Block, Pair, Pair, Norm, lambda width: Sharing(width, self.shared))
+        self.blocks = nn.ModuleList(draw.choice(kinds)(width) for _ in range(blocks))
         self.sources = [sorted(draw.sample(range(2 * i + 1), k=draw.randint(1, min(3, 2 * i + 1)))) for i in range(blocks)]
         self.twice = (draw.randrange(blocks), draw.randrange(blocks))
         self.last = sorted(draw.sample(range(2 * blocks + 1), k=draw.randint(1, 3)))
 
     def names(self) -> list[str]:
-        return [name for name, module in self.named_modules() if isinstance(module, (Block, Pair))]
+        return [name for name, module in self.named_modules() if isinstance(module, (Block, Pair, Norm, Sharing))]
 
     def forward(self, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         time = timestep.float().reshape(-1, 1) / 1000

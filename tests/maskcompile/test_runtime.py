@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from torch import nn
 
 import maskcompile as mc
+from maskcompile import runtime
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
 from tests.toys import Chain
@@ -67,11 +71,22 @@ def test_a_run_that_starts_in_the_middle(seed, start):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_skipping_ahead_starts_over(seed):
+def test_skipping_ahead_starts_over_and_says_so(seed):
     """Nobody can tell a skip from another run that starts late, so nothing is carried over."""
     model, compute, fast = make(seed)
     assert_follows(fast, Executor(model, BLOCKS, compute), range(2))
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(3, 5))
+    with pytest.warns(UserWarning, match="skips from step 1 of the mask to step 3"):
+        assert_follows(fast, Executor(model, BLOCKS, compute), range(3, 5))
+    assert fast.report().skips == 1
+
+
+@pytest.mark.parametrize("calls", [7, 8, 9, 10, 17])
+def test_many_calls_at_a_timestep_never_leak(calls):
+    model, _, fast = make(0, density=0.0)
+    for step, t in enumerate(TIMESTEPS[:2]):
+        for call in range(calls):
+            x, value = sample(100 * step + call), torch.tensor(t)
+            assert torch.equal(fast(x, value), model(x, value))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -178,13 +193,28 @@ def test_timesteps_match_in_the_dtype_of_the_call(dtype):
             assert torch.equal(fast(sample(step), value), executor.step(step, sample(step), value))
 
 
-def test_steps_that_rounding_makes_equal_follow_in_order():
-    timesteps = (999, 998, 997, 996)  # 1000, 1000, 996, 996 in bfloat16
-    model, compute, fast = make(2, timesteps)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_steps_that_rounding_makes_equal_are_computed(passes):
+    """999 and 998 are 1000 in bfloat16, so a second call there may be the next step or another trajectory: nothing is reused."""
+    timesteps = (999, 998, 997, 996)
+    model, _, fast = make(2, timesteps, density=0.0)
+    for t in timesteps:
+        for guidance in range(passes):
+            x, value = sample(t + 1000 * guidance), torch.tensor(t).to(torch.bfloat16)
+            assert torch.equal(fast(x, value), model(x, value))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_timesteps_that_pipelines_scale_and_cast(dtype):
+    """Flux and its kin: the scheduler's timestep is cast first and divided by 1000 then."""
+    timesteps = tuple(t / 1000 for t in range(1000, 0, -20))
+    model, compute, fast = make(1, timesteps)
     executor = Executor(model, BLOCKS, compute)
-    for step, t in enumerate(timesteps):
-        value = torch.tensor(t).to(torch.bfloat16)
-        assert torch.equal(fast(sample(step), value), executor.step(step, sample(step), value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step, t in enumerate(timesteps):
+            value = torch.tensor(1000 * t).to(dtype).expand(2) / 1000
+            assert torch.equal(fast(sample(step), value), executor.step(step, sample(step), value))
 
 
 def test_rising_timesteps():
@@ -194,16 +224,25 @@ def test_rising_timesteps():
         assert_follows(fast, Executor(model, BLOCKS, compute), range(4), seed=run, timesteps=timesteps)
 
 
-@pytest.mark.parametrize("kind", [int, float, lambda t: torch.tensor([t]), np.int64])
+@pytest.mark.parametrize("kind", [int, float, lambda t: torch.tensor([t]), lambda t: torch.tensor(float(t))])
 def test_timesteps_of_any_kind(kind):
     case = denoiser("unet2d")
     (x, _), _ = case.inputs(2, 0, 0)
     program = mc.trace(case.model, x, 901)
     fast = mc.optimize(case.model, mc.Mask.full(program.names, case.timesteps), backend="eager")
     for t in case.timesteps[:3]:
-        value = kind(t) if kind is not np.int64 else int(np.int64(t))
-        assert torch.equal(fast(x, value).sample, case.model(x, value).sample)
+        assert torch.equal(fast(x, kind(t)).sample, case.model(x, kind(t)).sample)
     assert len(fast.report().signatures) == 1
+    assert torch.equal(fast(x, np.int64(901)).sample, case.model(x, 901).sample)
+
+
+def test_a_fractional_timestep_is_what_the_model_makes_of_it():
+    """UNet2DModel truncates a Python float."""
+    case = denoiser("unet2d")
+    (x, _), _ = case.inputs(2, 0, 0)
+    fast = mc.optimize(case.model, mc.Mask.full(["mid_block.resnets.0"], [901.5, 1.5]), backend="eager")
+    for t in (901.5, 1.5):
+        assert torch.equal(fast(x, t).sample, case.model(x, t).sample)
 
 
 def test_changing_results_and_inputs_in_place_does_not_reach_the_cache():
@@ -228,7 +267,9 @@ def test_cache_bytes_are_those_reported():
     for step, t in enumerate(case.timesteps):
         fast(x, t)
         storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for r in fast._trajectories for t in r.cache.values()
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for r in fast._runs.trajectories
+            for t in r.cache.values()
         }
         assert sum(storages.values()) == fast.cache_bytes == expected.cache_bytes[step]
     assert max(expected.cache_bytes) > 0
@@ -280,6 +321,10 @@ def test_weights_changed_in_place_are_seen():
         lambda model, fast: setattr(model, "b", Chain().eval().b),
         lambda model, fast: setattr(fast.b, "up", nn.Sequential(copy.deepcopy(model.b.up), nn.Tanh()).eval()),
         lambda model, fast: setattr(fast, "b", Chain().eval().b),
+        lambda model, fast: model.b.register_forward_hook(lambda module, args, output: 2 * output),
+        lambda model, fast: setattr(model.b, "forward", lambda x, time: x + time),
+        lambda model, fast: setattr(model, "gain", 3.0),
+        lambda model, fast: model.settings["b"].update(scale=2.0),
     ],
 )
 def test_weights_and_modules_replaced_after_capture_are_captured_again(replace):
@@ -361,8 +406,13 @@ def test_bad_input_is_one_clear_sentence():
         mc.optimize(fast, fast.mask)
     with pytest.raises(ValueError, match=r"optimize\(\.\.\., timestep='its name'\)"):
         mc.optimize(nn.Linear(4, 4).eval(), mc.Mask.full([], [1]))
+    fast(x, t)
     with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast is active"):
-        fast(sample(1, batch=7), t)
+        fast(x, t)
+    with pytest.raises(TypeError, match=r"torch\.compile has no option 'mod'"):
+        mc.optimize(model, fast.mask, mod="max-autotune")
+    with pytest.raises(ValueError, match="'eager' compiles nothing; leave out 'mode'"):
+        mc.optimize(model, fast.mask, backend="eager", mode="max-autotune")
     assert torch.equal(fast(x, t), model(x, t))
 
 
@@ -388,6 +438,12 @@ def test_offload_hooks_are_refused():
     accelerate.hooks.add_hook_to_module(model.b, accelerate.hooks.CpuOffload())
     with pytest.raises(ValueError, match=r"Chain\.b has an accelerate hook \(CpuOffload\)"):
         mc.optimize(model, fast.mask)
+    accelerate.hooks.remove_hook_from_module(model.b)
+    fast(sample(0), torch.tensor(900))
+    accelerate.hooks.add_hook_to_module(model.b, accelerate.hooks.CpuOffload())
+    with pytest.raises(ValueError, match=r"Chain\.b has an accelerate hook \(CpuOffload\)"):
+        fast(sample(0), torch.tensor(900))
+    accelerate.hooks.remove_hook_from_module(model.b)
     case = denoiser("flux")
     from diffusers.hooks import apply_layerwise_casting
 
@@ -397,10 +453,152 @@ def test_offload_hooks_are_refused():
         mc.optimize(casted, mc.Mask.full(["transformer_blocks.0"], [1.0]))
 
 
-def test_calls_that_fail_leave_the_run_as_it_was():
+@pytest.mark.parametrize("failing", ["capture", "graph"])
+def test_calls_that_fail_leave_the_run_as_it_was(failing, monkeypatch):
     model, compute, fast = make(14)
     executor = Executor(model, BLOCKS, compute)
     assert_follows(fast, executor, range(2))
-    with pytest.raises(RuntimeError):
-        fast(torch.randn(2, 9), torch.tensor(500))
+    if failing == "capture":
+        with pytest.raises(RuntimeError):
+            fast(torch.randn(2, 9), torch.tensor(500))
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime._Graph, "__call__", lambda self, *tensors: (_ for _ in ()).throw(MemoryError()))
+            with pytest.raises(MemoryError):
+                fast(sample(2), torch.tensor(500))
     assert_follows(fast, executor, range(2, 5))
+
+
+# ---- models that are hard to capture ----------------------------------------------------------------------------------------
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    class Two(Chain):
+        def forward(self, sample, timestep, other):
+            return super().forward(sample, timestep) - other
+
+    model = Two().eval()
+    fast = mc.optimize(model, mc.Mask.full(BLOCKS, TIMESTEPS), backend="eager")
+    x, t = sample(0), torch.tensor(900)
+    fast.warmup(x, t, x)
+    assert torch.equal(fast(x, t, sample(1)), model(x, t, sample(1)))
+
+
+def test_decorators_that_look_into_keywords_still_find_them():
+    seen = []
+
+    def remember(forward):
+        @functools.wraps(forward)
+        def wrapper(self, *args, **kwargs):
+            seen.append(str(kwargs.get("options")))
+            return forward(self, *args, **kwargs)
+
+        return wrapper
+
+    class Scaled(Chain):
+        @remember
+        def forward(self, sample, timestep, options=None):
+            return Chain.forward(self, sample, timestep)
+
+    fast = mc.optimize(Scaled().eval(), mc.Mask.full(BLOCKS, TIMESTEPS), backend="eager")
+    fast(sample(0), torch.tensor(900), options={"scale": 0.5})
+    assert set(seen) == {"{'scale': 0.5}"}
+
+
+def test_blocks_within_autocast_and_grad_regions():
+    class Regions(Chain):
+        def forward(self, sample, timestep):
+            time = timestep.float().reshape(-1, 1) / 1000
+            with torch.autocast("cpu", enabled=False):
+                a = self.a(sample, time)
+            with torch.enable_grad():
+                b = self.b(a, time)
+            return self.c(b + a, time)
+
+    torch.manual_seed(0)
+    model = Regions().eval()
+    program = mc.trace(model, sample(0), torch.tensor(900))
+    assert program.names == ("a", "b", "c")
+    assert len({block.macs for block in program.blocks}) == 1
+    compute = np.random.default_rng(3).random((5, 3)) < 0.4
+    fast = mc.optimize(model, mc.Mask(compute, blocks=BLOCKS, timesteps=TIMESTEPS), backend="eager")
+    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+
+
+def test_a_block_that_returns_no_tensor_is_refused():
+    class Box:
+        def __init__(self, value):
+            self.value = value
+
+    class Boxing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Chain().a
+
+        def forward(self, x, time):
+            return Box(self.inner(x, time))
+
+    class Boxed(Chain):
+        def __init__(self):
+            super().__init__()
+            self.b = Boxing()
+
+        def forward(self, sample, timestep):
+            time = timestep.float().reshape(-1, 1) / 1000
+            return self.c(self.b(self.a(sample, time), time).value, time)
+
+    model = Boxed().eval()
+    fast = mc.optimize(model, mc.Mask.full(["b"], TIMESTEPS), backend="eager")
+    with pytest.raises(mc.MaskError, match="block 'b' returns no tensor"):
+        fast(sample(0), torch.tensor(900))
+    compute = np.random.default_rng(0).random((5, 2)) < 0.4
+    fast = mc.optimize(model, mc.Mask(compute, blocks=["a", "b.inner"], timesteps=TIMESTEPS), backend="eager")
+    assert_follows(fast, Executor(model, ["a", "b.inner"], compute), range(5))
+
+
+def test_names_that_are_no_identifiers():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"a-b": Chain().a, "a_b": Chain().a})
+
+        def forward(self, sample, timestep):
+            time = timestep.float().reshape(-1, 1) / 1000
+            return self.parts["a-b"](self.parts["a_b"](sample, time), time) + self.parts["a_b"](sample, time)
+
+    model, names = Named().eval(), ["parts.a-b", "parts.a_b"]
+    compute = np.array([[True, True], [False, False], [True, False], [False, True], [False, False]])
+    fast = mc.optimize(model, mc.Mask(compute, blocks=names, timesteps=TIMESTEPS), backend="eager")
+    assert_follows(fast, Executor(model, names, compute), range(5))
+
+
+def test_warmup_compiles_what_a_run_needs():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+
+        def forward(self, x, time):
+            return self.wide(x).chunk(2, dim=-1)[0]
+
+    class Chunky(Chain):
+        def __init__(self):
+            super().__init__()
+            self.b = Halves()
+
+    model = Chunky().eval()
+    compute = np.array([[True] * 3, [True, False, True], [True, False, True]])
+    fast = mc.optimize(model, mc.Mask(compute, blocks=BLOCKS, timesteps=TIMESTEPS[:3]), backend="aot_eager")
+    fast.warmup(sample(0), torch.tensor(900))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in TIMESTEPS[:3]:
+            fast(sample(0), torch.tensor(t))
+    assert len(fast.report().signatures[0].compile_seconds) == 2
+
+
+def test_a_foreign_module_named_passes_is_named(tmp_path):
+    (tmp_path / "passes.py").write_text("")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import maskcompile"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "maskcompile needs its own package 'passes', but Python found" in result.stderr
+    assert str(tmp_path) in result.stderr

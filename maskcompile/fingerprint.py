@@ -1,0 +1,64 @@
+"""What a capture of a denoiser depends on besides the inputs, so that a change of it can be noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: (module path, attribute) -> something that compares equal as long as nothing was replaced.
+Fingerprint = Mapping[tuple[str, str], Any]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_IGNORED = frozenset(vars(nn.Module())) - {"training"}
+_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_DEPTH = 2  # of containers: PEFT keeps adapters' scales in a dict of dicts
+
+
+class _Same:
+    """Equal for one and the same object, which it keeps alive so that no other one can take its place in memory."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Modules, hooks, parameters and buffers (identity, dtype, device; not values), and Python attributes of all modules."""
+    found: dict[tuple[str, str], Any] = {}
+    for path, module in model.named_modules():
+        found[path, ""] = _Same(module)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            found[path, name] = None if tensor is None else (_Same(tensor), tensor.dtype, tensor.device)
+        for key in _HOOKS:
+            found[path, key] = _token(vars(module)[key], _DEPTH)
+        for key, value in vars(module).items():
+            if key not in _IGNORED:
+                found[path, key] = _token(value, _DEPTH)
+    return found
+
+
+def changes(before: Fingerprint, after: Fingerprint) -> set[tuple[str, str]]:
+    """Where two fingerprints differ."""
+    missing = object()
+    return {key for key in before.keys() | after.keys() if before.get(key, missing) != after.get(key, missing)}
+
+
+def _token(value: Any, depth: int) -> Any:
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, Tensor):
+        return (_Same(value), value.dtype, value.device)
+    if depth and isinstance(value, dict):
+        return [(_token(k, 0), _token(v, depth - 1)) for k, v in value.items()]
+    if depth and isinstance(value, (list, tuple)):
+        return [_token(v, depth - 1) for v in value]
+    return _Same(value)
