@@ -15,6 +15,7 @@ test: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maskcompile needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@command -v c++ g++ clang++ >/dev/null || { echo "torch.compile needs a C++ compiler: apt-get install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip
 	$(BIN)/pip install --disable-pip-version-check -e '.[test]'

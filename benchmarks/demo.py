@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -162,6 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="torch")
+    # So that compile seconds are those of compiling, not of a cache or of what the first compilation sets up.
+    torch._inductor.config.force_disable_caches = True
+    torch.compile(lambda x: x.sin() + 1, backend=options.backend)(torch.ones(8))
     rows = [
         demonstrate(name, options.steps, options.batch, options.repeats, options.backend, options.out) for name in SCHEDULES
     ]

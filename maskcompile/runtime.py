@@ -11,7 +11,7 @@ import functools
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,19 +35,51 @@ from passes.specialise import specialise
 
 @dataclass
 class _Graph:
-    """A specialised graph, executable; seconds of its first call, which compiles it."""
+    """A specialised graph, executable.
+
+    reads: how many of its last inputs come from the cache. results: how many of its first outputs are the denoiser's.
+    shared: outputs that share memory and are cloned. seconds: of the first call, which compiles. Both known from then on.
+    """
 
     run: Executable
+    reads: int
     results: int
+    shared: frozenset[int] = frozenset()
     seconds: float | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.seconds is not None:
-            return self.run(*tensors)
-        start = time.perf_counter()
-        outputs = self.run(*tensors)
-        self.seconds = time.perf_counter() - start
+        if self.seconds is None:
+            start = time.perf_counter()
+            outputs = self.run(*tensors)
+            self.seconds = time.perf_counter() - start
+            self.shared = _shared(
+                tensors[: len(tensors) - self.reads], tensors[len(tensors) - self.reads :], outputs, self.results
+            )
+        else:
+            outputs = self.run(*tensors)
+        if self.shared:
+            outputs = tuple(t.clone() if i in self.shared else t for i, t in enumerate(outputs))
         return outputs
+
+
+def _shared(inputs: Sequence[Tensor], cached: Sequence[Tensor], outputs: Sequence[Tensor], results: int) -> frozenset[int]:
+    """Outputs to clone, so that what is cached never shares memory with what the caller holds and may change in place.
+
+    Looked at in the tensors of a call rather than in the graph, because a compiler may return an input where the graph
+    computes ``x * 1.0``. A view of a larger tensor is cloned too, or it would keep all of that alive.
+    """
+
+    def memory(tensor: Tensor) -> int:
+        return tensor.untyped_storage().data_ptr()
+
+    own = {memory(t) for t in cached}
+    shared = {i for i, t in enumerate(outputs[:results]) if memory(t) in own}
+    taken = own | {memory(t) for t in (*inputs, *outputs[:results])}
+    for i, tensor in enumerate(outputs[results:], results):
+        if memory(tensor) in taken or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            shared.add(i)
+        taken.add(memory(tensor))
+    return frozenset(shared)
 
 
 @dataclass
@@ -268,7 +300,7 @@ class OptimizedDenoiser(nn.Module):
         if graph is None:
             module = specialise(captured.capture, key)
             results = sum(isinstance(leaf, torch.fx.Node) for leaf in captured.capture.outputs)
-            graph = captured.graphs[key] = _Graph(compile_graph(module, self._backend, self._options), results)
+            graph = captured.graphs[key] = _Graph(compile_graph(module, self._backend, self._options), len(key.reads), results)
         return graph
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
