@@ -12,7 +12,8 @@ from torch import Tensor, nn
 Fingerprint = Mapping[tuple[str, str], Any]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_IGNORED = frozenset(vars(nn.Module())) - {"training"}
+# torch.compile leaves a note on the modules that it compiles, which changes nothing about them.
+_IGNORED = (frozenset(vars(nn.Module())) | {"_is_torch_compile"}) - {"training"}
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _DEPTH = 2  # of containers: PEFT keeps adapters' scales in a dict of dicts
 

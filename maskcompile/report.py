@@ -31,7 +31,8 @@ class Report:
     """The state of an optimised denoiser.
 
     blocks, steps: of the mask. calls: since the mask was set. reusing_calls: those that reused any block. unknown_timesteps:
-    calls at a timestep that the mask does not know. skips: times that a run went past steps of the mask. cache_bytes: held now.
+    calls at a timestep that the mask does not know. skips: times that a run went past steps of the mask. recaptures: times
+    that weights, modules or settings were found replaced. cache_bytes: held now.
     """
 
     denoiser: str
@@ -43,6 +44,7 @@ class Report:
     reusing_calls: int
     unknown_timesteps: int
     skips: int
+    recaptures: int
     cache_bytes: int
 
     def __str__(self) -> str:
@@ -66,5 +68,7 @@ class Report:
             )
         if self.skips:
             lines.append(f"  SKIPPED STEPS  {self.skips} times; the step after a skip computes every block that it needs")
+        if self.recaptures:
+            lines.append(f"  CAPTURED AGAIN {self.recaptures} times: weights, modules or settings had been replaced")
         lines.append(f"  held now       {self.cache_bytes / 2**20:.2f} MiB")
         return "\n".join(lines)

@@ -163,7 +163,7 @@ class OptimizedDenoiser(nn.Module):
         self._schedules: dict[tuple[Any, ...], _Schedule] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
         self._shared: dict[tuple[Any, ...], dict[Plan, GraphKey]] = {}
-        self._calls = self._reusing = self._unknown = self._skipped = 0
+        self._calls = self._reusing = self._unknown = self._skipped = self._recaptures = 0
         self.reset()
 
     def reset(self) -> None:
@@ -274,6 +274,7 @@ class OptimizedDenoiser(nn.Module):
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
         if not self._captures or changes(self._fingerprint, fingerprint(self.original)) <= self._volatile:
             return False
+        self._recaptures += 1
         self._captures.clear()
         self._schedules.clear()
         self._slots.clear()
@@ -351,6 +352,7 @@ class OptimizedDenoiser(nn.Module):
             reusing_calls=self._reusing,
             unknown_timesteps=self._unknown,
             skips=self._skipped,
+            recaptures=self._recaptures,
             cache_bytes=self.cache_bytes,
         )
 

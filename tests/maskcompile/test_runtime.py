@@ -361,6 +361,17 @@ def test_weights_and_modules_replaced_after_capture_are_captured_again(replace):
     assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
     replace(model, fast)
     assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert fast.report().recaptures == 1
+
+
+def test_running_and_compiling_the_original_is_no_change_of_it():
+    model, compute, fast = make(7)
+    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    with torch.no_grad():
+        torch.compile(model, backend="eager")(sample(0), torch.tensor(900))
+    model(sample(0), torch.tensor(900))
+    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert fast.report().recaptures == 0
 
 
 def test_to_another_dtype_and_back():
