@@ -87,7 +87,7 @@ def demonstrate(name: str, steps: int, batch: int, repeats: int, backend: str, o
     def run(variant: str) -> None:
         pictures[variant] = sample(t, variants[variant], start)
 
-    times = interleaved({v: (lambda v=v: run(v)) for v in variants}, repeats, warmup=0)  # compiled and run once above
+    times = interleaved({v: (lambda v=v: run(v)) for v in variants}, repeats)
     stages.close()
     print(fast.report())
     draw_samples(t, pictures["eager"], pictures["masked"], out / f"{name}_samples.png", label)
