@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import diffusers
+import timm.layers
 import torch
 from torch import nn
 
@@ -107,6 +108,39 @@ def flux() -> Case:
     return Case(model, inputs, tuple(t / 1000 for t in (901, 701, 501, 301, 101)))
 
 
+class TimmDiT(nn.Module):
+    """The layout of the DiT reference code, on timm's layers."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.attn, self.mlp = timm.layers.Attention(width, num_heads=2), timm.layers.Mlp(width, 2 * width)
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width))
+
+        def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            shift1, gate1, shift2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(4, dim=-1)
+            x = x + gate1 * self.attn(self.norm1(x) + shift1)
+            return x + gate2 * self.mlp(self.norm2(x) + shift2)
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.x_embedder = timm.layers.PatchEmbed(8, 2, 4, width)
+        self.t_embedder = nn.Linear(1, width)
+        self.blocks = nn.ModuleList(self.Block(width) for _ in range(2))
+        self.final_layer = nn.Linear(width, 16)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x, c = self.x_embedder(x), self.t_embedder(t.float().unsqueeze(-1) / 1000)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x)
+
+
+def timm_dit() -> Case:
+    return Case(TimmDiT(), lambda b, t, s: ((_noise(s)(b, 4, 8, 8), torch.full((b,), t)), {}))
+
+
 def reference_unet() -> Case:
     return Case(load("unet")[0], lambda b, t, s: ((_noise(s)(b, 3, 32, 32), t), {}), batch=1)
 
@@ -118,7 +152,7 @@ def reference_dit() -> Case:
     return Case(load("dit")[0], inputs, batch=1)
 
 
-TINY = {f.__name__: f for f in (unet2d, unet2d_condition, dit, pixart, sd3, flux)}
+TINY = {f.__name__: f for f in (unet2d, unet2d_condition, dit, timm_dit, pixart, sd3, flux)}
 REFERENCE = {f.__name__: f for f in (reference_unet, reference_dit)}
 
 

@@ -35,6 +35,7 @@ def test_default_blocks():
         for i in range(2)
         for part, kind in (("attn1", "attention"), ("ff", "feed_forward"))
     }
+    assert [b.name for b in trace("timm_dit").blocks] == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
     assert [b.name for b in trace("pixart").blocks][:3] == [f"transformer_blocks.0.{p}" for p in ("attn1", "attn2", "ff")]
     sd3 = {b.name: b for b in trace("sd3").blocks}
     assert set(sd3) == {f"transformer_blocks.{i}.{p}" for i in range(2) for p in ("attn", "ff", "ff_context")} - {
