@@ -78,7 +78,7 @@ def slots_of(program: Program, mask: Mask) -> Slots:
 def plans_of(program: Program, mask: Mask) -> tuple[Slots, list[Plan]]:
     """The plans of a whole run under the mask."""
     slots = slots_of(program, mask)
-    return slots, plan_run(slots, mask.blocks, mask.compute)
+    return slots, plan_run(slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
 
 
 def cost(program: Program, mask: Mask) -> Cost:
@@ -102,4 +102,5 @@ def rectify(mask: Mask, program: Program) -> Mask:
     The rule is liveness on the denoiser unrolled over steps; see ``passes.rectify``. ``optimize`` applies it by itself, so
     that rectifying first changes no result and no speed, only what the mask says.
     """
-    return mask.replace(_rectify(slots_of(program, mask), mask.blocks, mask.compute), rectified=["liveness"])
+    cheapest = _rectify(slots_of(program, mask), mask.blocks, mask.compute, mask.reuse, mask.log_snr)
+    return mask.replace(cheapest, rectified=["liveness"])

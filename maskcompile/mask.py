@@ -1,4 +1,4 @@
-"""The mask: which block is computed at which step, and its JSON file."""
+"""The mask: which block is computed at which step, what stands for it at the others, and its JSON file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from passes.capture import Capture
+from passes.reuse import RULES
 
 FORMAT = "maskcompile mask"
-VERSION = 1
+#: A file without reuse rules is of version 1, so that whoever reads such files can; one with them is of version 2.
+VERSIONS = (1, 2)
 
 
 class MaskError(ValueError):
@@ -27,14 +30,18 @@ class MaskError(ValueError):
 
 
 class Mask:
-    """Boolean [steps, blocks], True = compute, False = reuse the output of the last step that computed the block.
+    """Boolean [steps, blocks], True = compute, False = reuse what earlier steps of the run computed.
 
     compute: bool array-like [T, B]. blocks: B module paths. timesteps: T values with which the denoiser is called, in
-    sampling order (strictly falling, or strictly rising for denoisers that count that way). denoiser and block_hash say what
-    it was made for (see ``hash_blocks``) and are checked by ``optimize`` where present. provenance: JSON-able facts on where
-    the mask came from (method, budget, seeds, versions).
+    sampling order (strictly falling, or strictly rising for denoisers that count that way). reuse: the rule that makes a
+    reused output, one for all blocks or one for each: "hold" (the output of the last step that computed the block), "linear"
+    or "quadratic" (the last two or three outputs extrapolated to the step; see ``passes.reuse``). log_snr: T rising values,
+    log(alpha^2 / sigma^2) at each step, a second clock for the rules that extrapolate (``schedules.log_snr`` reads it off a
+    scheduler). denoiser and block_hash say what the mask was made for (see ``hash_blocks``) and are checked by ``optimize``
+    where present. provenance: JSON-able facts on where the mask came from (method, budget, seeds, versions).
 
-    Immutable. Raises MaskError for a wrong shape or dtype, duplicate blocks, duplicate or unsorted timesteps.
+    Immutable. Raises MaskError for a wrong shape or dtype, duplicate blocks, duplicate or unsorted timesteps, unknown rules,
+    a log-SNR that does not rise.
     """
 
     def __init__(
@@ -43,13 +50,17 @@ class Mask:
         *,
         blocks: Sequence[str],
         timesteps: Iterable[float],
+        reuse: str | Sequence[str] = "hold",
+        log_snr: Iterable[float] | None = None,
         denoiser: str | None = None,
         block_hash: str | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         array = np.asarray(compute)
         self._blocks = tuple(blocks)
-        self._timesteps = tuple(_number(t) for t in timesteps)
+        self._reuse = (reuse,) * len(self._blocks) if isinstance(reuse, str) else tuple(reuse)
+        self._timesteps = tuple(_number(t, "timesteps") for t in timesteps)
+        self._log_snr = None if log_snr is None else tuple(_number(value, "log_snr") for value in log_snr)
         self._denoiser = denoiser
         self._block_hash = block_hash
         self._provenance = dict(provenance or {})
@@ -66,6 +77,12 @@ class Mask:
             raise MaskError("a mask needs at least one timestep.")
         if repeated := [b for b in self.blocks if self.blocks.count(b) > 1]:
             raise MaskError(f"block {repeated[0]!r} is named more than once in the mask.")
+        if len(self.reuse) != len(self.blocks):
+            raise MaskError(
+                f"reuse is one rule for all blocks, or one for each of the {len(self.blocks)}; got {len(self.reuse)}."
+            )
+        if unknown := [rule for rule in self.reuse if rule not in RULES]:
+            raise MaskError(f"a reuse rule is one of {', '.join(map(repr, RULES))}; got {unknown[0]!r}.")
         differences = np.diff(np.asarray(self.timesteps, dtype=np.float64))
         if not (np.all(differences < 0) or np.all(differences > 0)):
             worst = int(np.flatnonzero(np.sign(differences) != np.sign(differences[0]))[0]) if differences[0] else 0
@@ -73,6 +90,8 @@ class Mask:
                 "timesteps must be in sampling order without repeats, all falling or all rising; got "
                 f"{self.timesteps[worst]} followed by {self.timesteps[worst + 1]} at step {worst + 1}."
             )
+        if self.log_snr is not None and not (len(self.log_snr) == self.steps and np.all(np.diff(self.log_snr) > 0)):
+            raise MaskError(f"log_snr has one value for each of the {self.steps} steps, each larger than the one before.")
         self._compute: NDArray[np.bool_] = array.copy()
         self._compute.setflags(write=False)
 
@@ -96,6 +115,16 @@ class Mask:
         return self._timesteps
 
     @property
+    def reuse(self) -> tuple[str, ...]:
+        """The reuse rule of each block."""
+        return self._reuse
+
+    @property
+    def log_snr(self) -> tuple[float, ...] | None:
+        """log(alpha^2 / sigma^2) at each step, None where the mask does not know it."""
+        return self._log_snr
+
+    @property
     def denoiser(self) -> str | None:
         """Class name of the denoiser that the mask was made for."""
         return self._denoiser
@@ -114,18 +143,32 @@ class Mask:
         return len(self.timesteps)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.compute, self.blocks, self.timesteps, self.denoiser, self.block_hash, self._provenance)
+        return _rebuild, (self.compute, self._described())
 
-    def replace(self, compute: ArrayLike, **provenance: Any) -> Mask:
-        """The same blocks, timesteps and denoiser with another ``compute``; provenance is added to."""
-        return Mask(
-            compute,
-            blocks=self.blocks,
-            timesteps=self.timesteps,
-            denoiser=self.denoiser,
-            block_hash=self.block_hash,
-            provenance={**self.provenance, **provenance},
-        )
+    def _described(self) -> dict[str, Any]:
+        """All but ``compute``, as keyword arguments."""
+        return {
+            "blocks": self.blocks,
+            "timesteps": self.timesteps,
+            "reuse": self.reuse,
+            "log_snr": self.log_snr,
+            "denoiser": self.denoiser,
+            "block_hash": self.block_hash,
+            "provenance": self._provenance,
+        }
+
+    def replace(
+        self,
+        compute: ArrayLike | None = None,
+        *,
+        reuse: str | Sequence[str] | None = None,
+        log_snr: Iterable[float] | None = None,
+        **provenance: Any,
+    ) -> Mask:
+        """The same mask with another ``compute``, ``reuse`` or ``log_snr``; provenance is added to."""
+        changes = {"reuse": reuse, "log_snr": log_snr, "provenance": {**self.provenance, **provenance}}
+        described = self._described() | {name: value for name, value in changes.items() if value is not None}
+        return Mask(self.compute if compute is None else compute, **described)
 
     def __eq__(self, other: object) -> bool:
         """Same decisions for the same blocks at the same timesteps; provenance does not count."""
@@ -134,42 +177,58 @@ class Mask:
         return (
             self.blocks == other.blocks
             and self.timesteps == other.timesteps
+            and self.reuse == other.reuse
+            and self.log_snr == other.log_snr
             and np.array_equal(self.compute, other.compute)
             and self.denoiser == other.denoiser
             and self.block_hash == other.block_hash
         )
 
     def __hash__(self) -> int:
-        return hash((self.blocks, self.timesteps, self.compute.tobytes()))
+        return hash((self.blocks, self.timesteps, self.reuse, self.compute.tobytes()))
 
     def __or__(self, other: Mask) -> Mask:
-        """Compute where either mask computes. Raises MaskError unless both are over the same blocks and timesteps."""
+        """Compute where either mask computes. Raises MaskError unless blocks, timesteps and reuse rules are the same."""
         if not isinstance(other, Mask):
             return NotImplemented
-        if self.blocks != other.blocks or self.timesteps != other.timesteps:
-            raise MaskError("masks can be joined only over the same blocks and the same timesteps.")
+        if (self.blocks, self.timesteps, self.reuse, self.log_snr) != (
+            other.blocks,
+            other.timesteps,
+            other.reuse,
+            other.log_snr,
+        ):
+            raise MaskError("masks can be joined only over the same blocks, timesteps, reuse rules and log-SNR.")
         return self.replace(self.compute | other.compute)
 
     def __repr__(self) -> str:
         kept = float(self.compute.mean()) if self.blocks else 1.0
-        return f"Mask({self.steps} steps x {len(self.blocks)} blocks, {kept:.0%} computed)"
+        rules = "" if set(self.reuse) <= {"hold"} else f", reuse {' and '.join(sorted(set(self.reuse)))}"
+        return f"Mask({self.steps} steps x {len(self.blocks)} blocks, {kept:.0%} computed{rules})"
 
     def __str__(self) -> str:
-        """A line a block, a column a step: '#' computes, '.' reuses."""
+        """A line a block, a column a step: '#' computes; '.' holds, '-' extrapolates linearly, '~' quadratically."""
         width = max((len(b) for b in self.blocks), default=0)
-        lines = [f"{b:<{width}}  " + "".join("#" if c else "." for c in self.compute[:, i]) for i, b in enumerate(self.blocks)]
+        sign = {"hold": ".", "linear": "-", "quadratic": "~"}
+        lines = [
+            f"{b:<{width}}  " + "".join("#" if c else sign[self.reuse[i]] for c in self.compute[:, i])
+            for i, b in enumerate(self.blocks)
+        ]
         return "\n".join([repr(self), *lines])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as JSON, rows as strings of 0 and 1; the file is there whole or not at all."""
+        rules = set(self.reuse) - {"hold"}
         document = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": 1 if self.log_snr is None and not rules else 2,
             "denoiser": self.denoiser,
             "block_hash": self.block_hash,
             "provenance": self._provenance,
             "blocks": list(self.blocks),
             "timesteps": list(self.timesteps),
+            # One rule for all, or a list with one for each block; a file that says nothing holds.
+            **({"reuse": self.reuse[0] if len(set(self.reuse)) == 1 else list(self.reuse)} if rules else {}),
+            **({"log_snr": list(self.log_snr)} if self.log_snr is not None else {}),
             "compute": ["".join("1" if c else "0" for c in row) for row in self.compute],
         }
         text = json.dumps(document, indent=1) + "\n"
@@ -195,15 +254,19 @@ class Mask:
             ) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise MaskError(f'{path} is JSON but no mask file: it lacks "format": "{FORMAT}".')
-        if document.get("version") != VERSION:
+        if document.get("version") not in VERSIONS:
             raise MaskError(
-                f"{path} has mask format version {document.get('version')!r}; this maskcompile reads version {VERSION}."
+                f"{path} has mask format version {document.get('version')!r}; this maskcompile reads versions "
+                f"{' and '.join(map(str, VERSIONS))}."
             )
         if missing := [key for key in ("blocks", "timesteps", "compute") if not isinstance(document.get(key), list)]:
             raise MaskError(f"{path} lacks the list {missing[0]!r}.")
         blocks, rows = document["blocks"], document["compute"]
         if not all(isinstance(block, str) for block in blocks):
             raise MaskError(f"{path}: every entry of 'blocks' must be a string.")
+        reuse = document.get("reuse", "hold")
+        if not isinstance(reuse, str) and not (isinstance(reuse, list) and all(isinstance(rule, str) for rule in reuse)):
+            raise MaskError(f"{path}: 'reuse' must be a rule, or a list of rules.")
         for step, row in enumerate(rows):
             if not isinstance(row, str) or len(row) != len(blocks) or set(row) - {"0", "1"}:
                 raise MaskError(f"{path}: row {step} of 'compute' must be a string of {len(blocks)} characters 0 or 1.")
@@ -212,6 +275,8 @@ class Mask:
                 np.array([[c == "1" for c in row] for row in rows], dtype=np.bool_).reshape(len(rows), len(blocks)),
                 blocks=blocks,
                 timesteps=document["timesteps"],
+                reuse=reuse,
+                log_snr=document.get("log_snr"),
                 denoiser=document.get("denoiser"),
                 block_hash=document.get("block_hash"),
                 provenance=document.get("provenance"),
@@ -220,8 +285,8 @@ class Mask:
             raise MaskError(f"{path}: {error}") from None
 
 
-def _rebuild(compute: Any, blocks: Any, timesteps: Any, denoiser: Any, block_hash: Any, provenance: Any) -> Mask:
-    return Mask(compute, blocks=blocks, timesteps=timesteps, denoiser=denoiser, block_hash=block_hash, provenance=provenance)
+def _rebuild(compute: Any, described: dict[str, Any]) -> Mask:
+    return Mask(compute, **described)
 
 
 def hash_blocks(model: nn.Module, blocks: Sequence[str]) -> str:
@@ -257,8 +322,8 @@ def check_blocks(captured: Capture, mask: Mask) -> None:
         )
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, what: str) -> float:
     number = value.item() if hasattr(value, "item") else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
-        raise MaskError(f"timesteps are numbers; got {value!r}.")
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not isfinite(number):
+        raise MaskError(f"{what} are numbers; got {value!r}.")
     return number

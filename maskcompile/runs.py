@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskcompile.mask import Mask
-from passes.capture import Slot
+from passes.rectify import Version
 
 #: Trajectories at one timestep before further calls are taken for new runs (somebody timing one step in a loop).
 MOST_TRAJECTORIES = 8
@@ -43,7 +43,8 @@ class Trajectory:
     """A trajectory after its last call.
 
     key: of the capture. start, leading: which schedule it follows (its first step, and whether a full step comes before).
-    position: plans of the schedule executed so far. next_step: the mask's step that continues it.
+    position: plans of the schedule executed so far. next_step: the mask's step that continues it. cache: the steps of its
+    versions are positions.
     """
 
     key: tuple[Any, ...]
@@ -51,7 +52,7 @@ class Trajectory:
     leading: bool
     position: int
     next_step: int
-    cache: dict[Slot, Tensor]
+    cache: dict[Version, Tensor]
 
 
 @dataclass(frozen=True)

@@ -37,26 +37,26 @@ from passes.specialise import specialise
 class _Graph:
     """A specialised graph, executable.
 
-    reads: how many of its last inputs come from the cache. results: how many of its first outputs are the denoiser's.
+    coefficients: its last input, fake; None where it takes none. results: how many of its first outputs are the denoiser's.
     shared: outputs that share memory and are cloned. seconds: of the first call, which compiles. Both known from then on.
     """
 
     run: Executable
-    reads: int
+    coefficients: Tensor | None
     results: int
     shared: frozenset[int] = frozenset()
     seconds: float | None = None
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def __call__(
+        self, inputs: Sequence[Tensor], cached: Sequence[Tensor], coefficients: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         if self.seconds is None:
             start = time.perf_counter()
-            outputs = self.run(*tensors)
+            outputs = self.run(*inputs, *cached, *coefficients)
             self.seconds = time.perf_counter() - start
-            self.shared = _shared(
-                tensors[: len(tensors) - self.reads], tensors[len(tensors) - self.reads :], outputs, self.results
-            )
+            self.shared = _shared(inputs, cached, outputs, self.results)
         else:
-            outputs = self.run(*tensors)
+            outputs = self.run(*inputs, *cached, *coefficients)
         if self.shared:
             outputs = tuple(t.clone() if i in self.shared else t for i, t in enumerate(outputs))
         return outputs
@@ -84,12 +84,13 @@ def _shared(inputs: Sequence[Tensor], cached: Sequence[Tensor], outputs: Sequenc
 
 @dataclass
 class _Captured:
-    """A denoiser captured at one input signature, with the graphs made of it so far."""
+    """A denoiser captured at one input signature, with the graphs made of it so far, and coefficients as they take them."""
 
     capture: Capture
     described: str
     seconds: float
     graphs: dict[GraphKey, _Graph] = field(default_factory=dict)
+    coefficients: dict[tuple[torch.dtype, tuple[float, ...]], list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,7 +98,7 @@ class _Schedule:
     """The plans of a run under the current mask that starts at some step: what to execute at each of its calls."""
 
     plans: list[Plan]
-    graphs: list[GraphKey]
+    graphs: dict[GraphKey, GraphKey]
 
 
 class OptimizedDenoiser(nn.Module):
@@ -162,7 +163,7 @@ class OptimizedDenoiser(nn.Module):
         self._mask = mask
         self._schedules: dict[tuple[Any, ...], _Schedule] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
-        self._shared: dict[tuple[Any, ...], dict[Plan, GraphKey]] = {}
+        self._shared: dict[tuple[Any, ...], dict[GraphKey, GraphKey]] = {}
         self._calls = self._reusing = self._unknown = self._skipped = self._recaptures = 0
         self.reset()
 
@@ -199,13 +200,15 @@ class OptimizedDenoiser(nn.Module):
                     self._captures[call.key] = self._capture(call)
                 trajectory = self._begin(call.key, where)
             schedule = self._schedule(trajectory.key, trajectory.start, trajectory.leading)
-            plan, key = schedule.plans[trajectory.position], schedule.graphs[trajectory.position]
+            plan = schedule.plans[trajectory.position]
+            key = schedule.graphs[plan.key]
             captured = self._captures[call.key]
             graph = self._graph(captured, key)
-            outputs = graph(*call.tensors, *(trajectory.cache[slot] for slot in key.reads))
+            cached = [trajectory.cache[version] for version in plan.inputs]
+            outputs = graph(call.tensors, cached, _coefficients(captured, graph, plan))
         # A shared graph may return more than this plan stores; that is not the run's to keep.
-        stored = {slot: t for slot, t in zip(key.stores, outputs[graph.results :], strict=True) if slot in plan.stores}
-        cache = {slot: stored[slot] if slot in stored else trajectory.cache[slot] for slot in plan.held}
+        stored = dict(zip(key.stores, outputs[graph.results :], strict=True))
+        cache = {v: stored[v.slot] if v.step == trajectory.position else trajectory.cache[v] for v in plan.held}
         self._count(runs, where, trajectory, plan)
         self._runs = commit(
             runs,
@@ -228,7 +231,7 @@ class OptimizedDenoiser(nn.Module):
     def _count(self, runs: Runs, where: Where, trajectory: Trajectory, plan: Plan) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
         self._calls += 1
-        self._reusing += bool(plan.reads)
+        self._reusing += bool(plan.inputs)
         steps = self._mask.timesteps
         if where.step is None:
             self._unknown += 1
@@ -288,20 +291,23 @@ class OptimizedDenoiser(nn.Module):
         if known is None:
             if key not in self._slots:
                 self._slots[key] = slot_dependencies(self._captures[key].capture, self._mask.blocks)
-            rows = self._mask.compute[start:]
+            rows, log_snr = self._mask.compute[start:], self._mask.log_snr and self._mask.log_snr[start:]
             if leading:
                 rows = np.concatenate([np.ones_like(self._mask.compute[:1]), rows])
-            plans = plan_run(self._slots[key], self._mask.blocks, rows)
-            shared = self._shared[key] = share_graphs(plans, self._shared.get(key, {}))
-            known = self._schedules[key, start, leading] = _Schedule(plans, [shared[plan] for plan in plans])
+                log_snr = log_snr and (float("nan"), *log_snr)
+            plans = plan_run(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
+            self._shared[key] = share_graphs(plans, self._shared.get(key, {}))
+            known = self._schedules[key, start, leading] = _Schedule(plans, self._shared[key])
         return known
 
     def _graph(self, captured: _Captured, key: GraphKey) -> _Graph:
         graph = captured.graphs.get(key)
         if graph is None:
             module = specialise(captured.capture, key)
+            coefficients = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder") if n.target == "coefficients"]
             results = sum(isinstance(leaf, torch.fx.Node) for leaf in captured.capture.outputs)
-            graph = captured.graphs[key] = _Graph(compile_graph(module, self._backend, self._options), len(key.reads), results)
+            compiled = compile_graph(module, self._backend, self._options)
+            graph = captured.graphs[key] = _Graph(compiled, coefficients[0] if coefficients else None, results)
         return graph
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
@@ -317,11 +323,15 @@ class OptimizedDenoiser(nn.Module):
             if call.key not in self._captures:
                 self._captures[call.key] = self._capture(call)
             captured = self._captures[call.key]
-            distinct = list(dict.fromkeys(self._schedule(call.key, 0, leading=False).graphs))
+            schedule = self._schedule(call.key, 0, leading=False)
+            first: dict[GraphKey, Plan] = {}
+            for plan in schedule.plans:
+                first.setdefault(schedule.graphs[plan.key], plan)
             examples: dict[Slot, Tensor] = {}  # a slot is stored before it is read
-            for key in tqdm(distinct, desc="compiling graphs", delay=2, leave=False, disable=None):
+            for key, plan in tqdm(first.items(), desc="compiling graphs", delay=2, leave=False, disable=None):
                 graph = self._graph(captured, key)
-                outputs = graph(*call.tensors, *(examples[slot] for slot in key.reads))
+                cached = [examples[version.slot] for version in plan.inputs]
+                outputs = graph(call.tensors, cached, _coefficients(captured, graph, plan))
                 examples.update(zip(key.stores, outputs[graph.results :], strict=True))
 
     def report(self) -> Report:
@@ -330,14 +340,15 @@ class OptimizedDenoiser(nn.Module):
         for key, captured in self._captures.items():
             if key not in self._slots:
                 continue
-            plans = self._schedule(key, 0, leading=False).plans
+            schedule = self._schedule(key, 0, leading=False)
+            plans = schedule.plans
             signatures.append(
                 SignatureReport(
                     inputs=captured.described,
                     full_macs=self._slots[key].total_macs * self._mask.steps,
                     macs=sum(plan.macs for plan in plans),
                     peak_cache_bytes=max(plan.held_bytes for plan in plans),
-                    graphs=len(set(self._schedule(key, 0, leading=False).graphs)),
+                    graphs=len({schedule.graphs[plan.key] for plan in plans}),
                     capture_seconds=captured.seconds,
                     compile_seconds=tuple(g.seconds for g in captured.graphs.values() if g.seconds is not None),
                 )
@@ -407,6 +418,18 @@ class OptimizedDenoiser(nn.Module):
 
 def _unpickle(original: nn.Module, mask: Mask, backend: Any, timestep: str, options: dict[str, Any]) -> OptimizedDenoiser:
     return OptimizedDenoiser(original, mask, backend=backend, timestep=timestep, options=options)
+
+
+def _coefficients(captured: _Captured, graph: _Graph, plan: Plan) -> list[Tensor]:
+    """The last input of the graph for this plan; made once, so that nothing is copied to a device at every step."""
+    if graph.coefficients is None:
+        return []
+    like = graph.coefficients
+    known = captured.coefficients.get((like.dtype, plan.coefficients))
+    if known is None:
+        known = [torch.tensor(plan.coefficients, dtype=like.dtype, device=like.device)]
+        captured.coefficients[like.dtype, plan.coefficients] = known
+    return known
 
 
 def _warn(message: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 from torch.fx import Node
 
 from passes.blocks import Block, tensor_info
@@ -26,12 +27,14 @@ class Slots:
     needs: the slots (reused or computed) that computing a slot, or OUTPUT, reads directly.
     work: the nodes with MACs between a slot, or OUTPUT, and the slots that it reads.
     size: bytes of each slot.
+    dtype: of each slot.
     calls: the calls of these blocks in the order in which they returned, enclosing calls restricted to these blocks.
     """
 
     needs: dict[Slot | str, frozenset[Slot]]
     work: dict[Slot | str, frozenset[Node]]
     size: dict[Slot, int]
+    dtype: dict[Slot, torch.dtype]
     calls: tuple[BlockCall, ...]
     macs: dict[Node, int]
 
@@ -76,8 +79,10 @@ def slot_dependencies(capture: Capture, blocks: Iterable[str]) -> Slots:
         for c in capture.calls
         if c.block in chosen and c.slots
     )
-    size = {slot: tensor_info(node).bytes for node, slot in cuts.items()}
-    return Slots(needs, work, size, calls, dict(capture.macs))
+    outputs = {slot: tensor_info(node) for node, slot in cuts.items()}
+    size = {slot: output.bytes for slot, output in outputs.items()}
+    dtype = {slot: output.dtype for slot, output in outputs.items()}
+    return Slots(needs, work, size, dtype, calls, dict(capture.macs))
 
 
 def result_nodes(capture: Capture) -> list[Node]:

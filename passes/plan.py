@@ -1,73 +1,91 @@
-"""Pass 5: plans. What each step of a run does after rectification, and which plans can share one graph."""
+"""Pass 6: plans. What each step of a run does after rectification, and which plans can share one graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from passes.capture import Slot
 from passes.dependencies import Slots
-from passes.rectify import Compute, liveness, running_calls
+from passes.rectify import Compute, Version, liveness, simulate
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """What tells one specialised graph from another: what enters it and what it returns.
+
+    reads: reused slots, each with the number of its versions that the reuse rule combines. stores: slots that it returns.
+    macs: multiply-accumulates that follow from these.
+    """
+
+    reads: tuple[tuple[Slot, int], ...]
+    stores: tuple[Slot, ...]
+    macs: int = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one step does.
 
-    computed: blocks of which something is computed. reads: slots taken from the cache. stores: slots put into it.
-    held: slots in the cache after the step (those that a later step reads). macs: multiply-accumulates of the step.
-    held_bytes: size of the cache after the step.
+    computed: blocks of which something is computed. key: of the graph that does it. inputs: versions taken from the cache, for
+    each of ``key.reads`` the newest first. coefficients: what the graph multiplies with, see ``passes.reuse``, for each read
+    one fewer than it has versions. held: versions in the cache after the step (those that a later step reads). held_bytes: size
+    of the cache after the step.
     """
 
     computed: tuple[str, ...]
-    reads: tuple[Slot, ...]
-    stores: tuple[Slot, ...]
-    held: frozenset[Slot]
-    macs: int
+    key: GraphKey
+    inputs: tuple[Version, ...]
+    coefficients: tuple[float, ...]
+    held: frozenset[Version]
     held_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the step."""
+        return self.key.macs
 
     @property
     def reused(self) -> tuple[str, ...]:
         """Blocks of which the step reads a stored output."""
-        return tuple(dict.fromkeys(slot.block for slot in self.reads))
+        return tuple(dict.fromkeys(slot.block for slot, _ in self.key.reads))
 
 
-@dataclass(frozen=True)
-class GraphKey:
-    """What tells one specialised graph from another: the slots that enter it and those that it returns."""
+def plan_run(
+    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None = None
+) -> list[Plan]:
+    """One plan a step, for a run that starts with nothing stored.
 
-    reads: tuple[Slot, ...]
-    stores: tuple[Slot, ...]
-
-
-def plan_run(slots: Slots, blocks: Sequence[str], compute: Compute) -> list[Plan]:
-    """One plan a step, for a run that starts with nothing stored. compute: bool [steps, len(blocks)]."""
+    compute: bool [steps, len(blocks)]. rules: the reuse rule of each block, and log_snr of each step, see ``passes.reuse``.
+    """
     plans = []
-    for live in liveness(slots, running_calls(slots, blocks, compute)):
+    for live in liveness(slots, simulate(slots, blocks, compute, rules, log_snr)):
+        reads = tuple((slot, len(made.steps)) for slot, made in live.read.items())
         plans.append(
             Plan(
                 computed=tuple(dict.fromkeys(c.block for c in slots.calls if not live.computed.isdisjoint(c.slots))),
-                reads=tuple(sorted(live.read)),
-                stores=tuple(sorted(live.stored)),
+                key=GraphKey(reads, tuple(sorted(live.stored)), slots.macs_of(live.computed)),
+                inputs=tuple(Version(slot, source) for slot, made in live.read.items() for source in made.steps),
+                coefficients=tuple(c for made in live.read.values() for c in made.coefficients),
                 held=live.held,
-                macs=slots.macs_of(live.computed),
-                held_bytes=sum(slots.size[slot] for slot in live.held),
+                held_bytes=sum(slots.size[version.slot] for version in live.held),
             )
         )
     return plans
 
 
-def share_graphs(plans: Iterable[Plan], known: Mapping[Plan, GraphKey]) -> dict[Plan, GraphKey]:
-    """The graph of each plan, as few as possible without computing anything more; plans in ``known`` keep theirs.
+def share_graphs(plans: Iterable[Plan], known: Mapping[GraphKey, GraphKey]) -> dict[GraphKey, GraphKey]:
+    """The graph to run for the key of each plan, as few as possible without computing anything more; those in ``known`` stay.
 
     A plan that stores less than another one, and else does the same work, runs the other's graph and lets go of the surplus.
     """
     graphs = dict(known)
-    for plan in sorted(set(plans) - set(known), key=lambda plan: (-len(plan.stores), plan.reads, plan.stores)):
+    new = {plan.key for plan in plans} - set(known)
+    for key in sorted(new, key=lambda key: (-len(key.stores), key.reads, key.stores)):
         fitting = (
-            key
-            for other, key in graphs.items()
-            if key.reads == plan.reads and other.macs == plan.macs and set(key.stores) >= set(plan.stores)
+            graph
+            for own, graph in graphs.items()
+            if graph.reads == key.reads and own.macs == key.macs and set(graph.stores) >= set(key.stores)
         )
-        graphs[plan] = next(fitting, None) or GraphKey(plan.reads, plan.stores)
+        graphs[key] = next(fitting, key)
     return graphs

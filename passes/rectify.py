@@ -1,9 +1,10 @@
-"""Pass 4: rectification, the lossless rule: liveness on the denoiser unrolled over blocks (space) and steps (time).
+"""Pass 5: rectification, the lossless rule: liveness on the denoiser unrolled over blocks (space) and steps (time).
 
-Two questions are settled for a whole run at once. Which block calls run: a block marked *reuse* runs all the same when this
-run holds nothing of it yet, and a block within a reused one does not run. And which of these are needed: a computed block is
-dropped when no live block of its step reads it and no later live reuse does; a reuse that nobody reads is dropped; a tensor
-is stored only where a later live reuse reads it. Results stay bit-identical, because nothing that reaches them changes.
+Two questions are settled for a whole run at once. Which block calls run, and what stands for those that do not: a block marked
+*reuse* runs all the same when this run holds nothing of it yet, and a block within a reused one does not run. And which of
+these are needed: a computed block is dropped when no live block of its step reads it and no later live reuse builds on it; a
+reuse that nobody reads is dropped; a tensor is stored only where a later live reuse builds on it. Results stay bit-identical,
+because nothing that reaches them changes.
 """
 
 from __future__ import annotations
@@ -16,65 +17,109 @@ from numpy.typing import NDArray
 
 from passes.capture import Slot
 from passes.dependencies import Slots
+from passes.reuse import Recall, recall
 
 Call = tuple[str, int]
 Compute = NDArray[np.bool_]
 
 
+@dataclass(frozen=True, order=True)
+class Version:
+    """A slot as it was computed at a step of the run."""
+
+    slot: Slot
+    step: int
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The block calls of one step: those that run, and how the outputs of the others that the run holds are made."""
+
+    running: frozenset[Call]
+    recalled: dict[Call, Recall]
+
+
 @dataclass(frozen=True)
 class Liveness:
-    """What is live at one step: slots computed (with OUTPUT), slots read from the cache, slots to store, slots held after."""
+    """What is live at one step.
+
+    computed: slots (with OUTPUT). read: reused slots, with how each is made. stored: slots to store. held: versions that the
+    cache keeps after the step.
+    """
 
     computed: frozenset[Slot | str]
-    read: frozenset[Slot]
+    read: dict[Slot, Recall]
     stored: frozenset[Slot]
-    held: frozenset[Slot]
+    held: frozenset[Version]
 
 
-def running_calls(slots: Slots, blocks: Sequence[str], compute: Compute) -> list[frozenset[Call]]:
-    """The block calls that run at each step of a run that starts with nothing stored.
+def simulate(
+    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None = None
+) -> list[Calls]:
+    """The block calls at each step of a run that starts with nothing stored.
 
-    compute: bool [steps, len(blocks)], True = compute. A call within a reused call does not run.
+    compute: bool [steps, len(blocks)], True = compute. rules: the reuse rule of each block. log_snr: of each step, rising, NaN
+    where unknown. A call within a reused call does not run.
     """
     column = {block: index for index, block in enumerate(blocks)}
     outer_first = slots.calls[::-1]  # calls are listed as they return
-    stored: set[Call] = set()
+    ran: dict[Call, list[int]] = {}
     steps = []
-    for row in compute.tolist():
+    for step, row in enumerate(compute.tolist()):
         running: set[Call] = set()
         for c in outer_first:
             call = (c.block, c.call)
-            if all(outer in running for outer in c.enclosing) and (row[column[c.block]] or call not in stored):
+            if all(outer in running for outer in c.enclosing) and (row[column[c.block]] or call not in ran):
                 running.add(call)
-        stored |= running
-        steps.append(frozenset(running))
+        recalled = {call: recall(rules[column[call[0]]], at, step, log_snr) for call, at in ran.items() if call not in running}
+        for call in running:
+            ran.setdefault(call, []).append(step)
+        steps.append(Calls(frozenset(running), recalled))
     return steps
 
 
-def liveness(slots: Slots, running: Sequence[frozenset[Call]]) -> list[Liveness]:
-    """What is live at each step, given the calls that run there; from the last step to the first."""
-    wanted: frozenset[Slot] = frozenset()
+def liveness(slots: Slots, steps: Sequence[Calls]) -> list[Liveness]:
+    """What is live at each step, given the calls of each; from the last step to the first."""
+    wanted: frozenset[Version] = frozenset()
     live: list[Liveness] = []
-    for calls in reversed(running):
-        produced = frozenset(slot for c in slots.calls if (c.block, c.call) in calls for slot in c.slots)
-        stored = wanted & produced
-        computed, read = slots.reach(frozenset(slots.size) - produced, stored)
-        live.append(Liveness(frozenset(computed), frozenset(read), stored, wanted))
-        wanted = (wanted - stored) | read
+    for step, calls in reversed(list(enumerate(steps))):
+        produced = frozenset(slot for c in slots.calls if (c.block, c.call) in calls.running for slot in c.slots)
+        stored = frozenset(version.slot for version in wanted if version.step == step)
+        computed, reused = slots.reach(frozenset(slots.size) - produced, stored)
+        read = {slot: _of_slot(slots, slot, calls.recalled[slot.block, slot.call]) for slot in sorted(reused)}
+        live.append(Liveness(frozenset(computed), read, stored, wanted))
+        wanted = frozenset(version for version in wanted if version.step < step) | {
+            Version(slot, source) for slot, made in read.items() for source in made.steps
+        }
     return live[::-1]
 
 
-def rectify(slots: Slots, blocks: Sequence[str], compute: Compute) -> Compute:
+def rectify(
+    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None = None
+) -> Compute:
     """The cheapest mask with the same results: bool [steps, len(blocks)], True only where a block must run.
 
     A block that encloses another one stays computed where the inner one must run: a mask cannot say "only this part of it".
+    So does one whose output nobody reads where a later reuse would look back further without it.
     """
     rectified = np.zeros_like(compute)
     column = {block: index for index, block in enumerate(blocks)}
-    running = running_calls(slots, blocks, compute)
-    for step, live in enumerate(liveness(slots, running)):
-        for c in slots.calls:
-            if (c.block, c.call) in running[step] and not live.computed.isdisjoint(c.slots):
-                for block, _ in [(c.block, c.call), *c.enclosing]:
-                    rectified[step, column[block]] = True
+    enclosing = {(c.block, c.call): c.enclosing for c in slots.calls}
+    steps = simulate(slots, blocks, compute, rules, log_snr)
+    for step, live in enumerate(liveness(slots, steps)):
+        kept = [
+            (step, (c.block, c.call))
+            for c in slots.calls
+            if (c.block, c.call) in steps[step].running and not live.computed.isdisjoint(c.slots)
+        ]
+        kept += [(at, (slot.block, slot.call)) for slot, made in live.read.items() for at in made.considered]
+        for at, call in kept:
+            for block, _ in [call, *enclosing[call]]:
+                rectified[at, column[block]] = True
     return rectified
+
+
+def _of_slot(slots: Slots, slot: Slot, made: Recall) -> Recall:
+    """Only what can be multiplied is extrapolated; whole numbers and booleans are held."""
+    dtype = slots.dtype[slot]
+    return made if dtype.is_floating_point or dtype.is_complex else Recall(made.steps[:1], (), made.steps[:1])

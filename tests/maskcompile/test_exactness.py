@@ -25,12 +25,22 @@ def traced(request):
     return case, program, fast
 
 
+RULES = ("hold", "linear", "quadratic")
+LOG_SNR = (-9.0, -3.0, -2.0, 1.0, 5.0)
+
+
 def rows(width: int):
     """Masks of every density, with rows that skip or compute everything among them."""
     whole = st.sampled_from([None, None, True, False])
     return st.tuples(arrays(np.bool_, (STEPS, width)), st.lists(whole, min_size=STEPS, max_size=STEPS)).map(
         lambda drawn: np.array([row if w is None else np.full(width, w) for row, w in zip(*drawn, strict=True)])
     )
+
+
+def rules(width: int):
+    """One rule for all blocks, or any for each."""
+    one = st.sampled_from(RULES)
+    return one.map(lambda rule: [rule] * width) | st.lists(one, min_size=width, max_size=width)
 
 
 def test_a_full_mask_is_eager(traced):
@@ -52,10 +62,10 @@ def test_any_mask_is_the_executor(traced):
     calls = [case.inputs(case.batch, timestep, step) for step, timestep in enumerate(case.timesteps)]
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(rows(len(program.names)))
-    def check(compute):
-        fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps))
-        executor = Executor(case.model, program.names, compute)
+    @given(rows(len(program.names)), rules(len(program.names)), st.sampled_from([None, LOG_SNR]))
+    def check(compute, reuse, log_snr):
+        fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps, reuse=reuse, log_snr=log_snr))
+        executor = Executor(case.model, program.names, compute, [RULES.index(rule) for rule in reuse], log_snr)
         for step, (args, kwargs) in enumerate(calls):
             expected = executor.step(step, *args, **kwargs)
             for ours, theirs in zip(tensors_of(fast(*args, **kwargs)), tensors_of(expected), strict=True):

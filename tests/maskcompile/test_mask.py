@@ -95,7 +95,7 @@ def test_wrong_masks_say_what_is_wrong(changes, message):
         ('{"format": "maskcompile mask", "vers', "not a whole JSON file"),
         ("[]", "no mask file"),
         ('{"scores": [[0.5]]}', "no mask file"),
-        ('{"format": "maskcompile mask", "version": 9}', "version 9; this maskcompile reads version 1"),
+        ('{"format": "maskcompile mask", "version": 9}', "version 9; this maskcompile reads versions 1 and 2"),
         ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1]}', "lacks the list 'compute'"),
         ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1], "compute": ["2"]}', "row 0"),
         (

@@ -23,14 +23,20 @@ from tests.toys import Chain
 
 BLOCKS = ["a", "b", "c"]
 TIMESTEPS = (900, 700, 500, 300, 100)
+REUSE = ("hold", "linear", "quadratic")
+LOG_SNR = (-9.0, -2.0, 0.0, 1.0, 4.0)
 
 
 def make(seed: int = 0, timesteps=TIMESTEPS, density: float = 0.4):
     torch.manual_seed(seed)
     model = Chain().eval()
     compute = np.random.default_rng(seed).random((len(timesteps), 3)) < density
-    fast = mc.optimize(model, mc.Mask(compute, blocks=BLOCKS, timesteps=timesteps), backend="eager")
-    return model, compute, fast
+    mask = mc.Mask(compute, blocks=BLOCKS, timesteps=timesteps, reuse=REUSE, log_snr=LOG_SNR if len(timesteps) == 5 else None)
+    return model, compute, mc.optimize(model, mask, backend="eager")
+
+
+def truth(model, compute):
+    return Executor(model, BLOCKS, compute, order=(0, 1, 2), log_snr=LOG_SNR)
 
 
 def sample(seed: int, batch: int = 2) -> torch.Tensor:
@@ -47,36 +53,36 @@ def assert_follows(fast, executor, steps, batch=2, seed=0, timesteps=TIMESTEPS):
 def test_two_runs_in_a_row_share_nothing(seed):
     model, compute, fast = make(seed)
     for run in range(2):
-        assert_follows(fast, Executor(model, BLOCKS, compute), range(5), seed=10 * run)
+        assert_follows(fast, truth(model, compute), range(5), seed=10 * run)
     assert fast.cache_bytes == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_that_stops_early_leaves_nothing_to_the_next(seed):
     model, compute, fast = make(seed)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(3))
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5), seed=50)
+    assert_follows(fast, truth(model, compute), range(3))
+    assert_follows(fast, truth(model, compute), range(5), seed=50)
     fast(sample(0), torch.tensor(900))
     fast.reset()
     assert fast.cache_bytes == 0
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(1, 5), seed=70)
+    assert_follows(fast, truth(model, compute), range(1, 5), seed=70)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("start", [1, 3])
 def test_a_run_that_starts_in_the_middle(seed, start):
     model, compute, fast = make(seed)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(start, 5))
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(start, 5))
+    assert_follows(fast, truth(model, compute), range(5))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_skipping_ahead_starts_over_and_says_so(seed):
     """Nobody can tell a skip from another run that starts late, so nothing is carried over."""
     model, compute, fast = make(seed)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(2))
+    assert_follows(fast, truth(model, compute), range(2))
     with pytest.warns(UserWarning, match="skips from step 1 of the mask to step 3"):
-        assert_follows(fast, Executor(model, BLOCKS, compute), range(3, 5))
+        assert_follows(fast, truth(model, compute), range(3, 5))
     assert fast.report().skips == 1
 
 
@@ -93,15 +99,15 @@ def test_many_calls_at_a_timestep_never_leak(calls):
 def test_batch_changes_between_and_within_runs(seed):
     model, compute, fast = make(seed)
     for batch in (2, 3, 2):
-        assert_follows(fast, Executor(model, BLOCKS, compute), range(5), batch=batch)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(3), batch=4)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(3, 5), batch=2)
+        assert_follows(fast, truth(model, compute), range(5), batch=batch)
+    assert_follows(fast, truth(model, compute), range(3), batch=4)
+    assert_follows(fast, truth(model, compute), range(3, 5), batch=2)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_separate_guidance_passes_have_caches_of_their_own(seed):
     model, compute, fast = make(seed)
-    conditional, unconditional = Executor(model, BLOCKS, compute), Executor(model, BLOCKS, compute)
+    conditional, unconditional = truth(model, compute), truth(model, compute)
     for step in range(5):
         if step == 1:  # two calls at the first step might also be two runs, so both start over once
             conditional.reset(), unconditional.reset()
@@ -114,7 +120,7 @@ def test_separate_guidance_passes_have_caches_of_their_own(seed):
 def test_second_order_solvers_call_twice_at_one_timestep(seed):
     """Heun: t0, t1, t1, t2, t2, ... The second calls are a trajectory that starts at t1."""
     model, compute, fast = make(seed)
-    first, second = Executor(model, BLOCKS, compute), Executor(model, BLOCKS, compute)
+    first, second = truth(model, compute), truth(model, compute)
     assert_follows(fast, first, [0])
     for step in range(1, 5):
         if step == 2:  # one call at t0, two at t1: the second might be another run
@@ -131,7 +137,7 @@ def test_calls_at_the_first_timestep_before_a_run_are_no_part_of_it(seed, calls,
     model, compute, fast = make(seed, density=0.2)
     for call in range(calls):
         fast(sample(100 + call), torch.tensor(TIMESTEPS[start]))
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     assert_follows(fast, executor, [start])
     executor.reset()
     assert_follows(fast, executor, range(start + 1, 5))
@@ -142,7 +148,7 @@ def test_a_new_scheduler_tensor_is_a_new_run(seed):
     """A run is interrupted after step 1; another one, image-to-image say, starts at step 2."""
     model, compute, fast = make(seed, density=0.2)
     for first, steps in ((0, [0, 1]), (50, [2, 3, 4])):
-        timesteps, executor = torch.tensor(TIMESTEPS), Executor(model, BLOCKS, compute)
+        timesteps, executor = torch.tensor(TIMESTEPS), truth(model, compute)
         for step in steps:
             x, t = sample(first + step), timesteps[step].expand(2)
             assert torch.equal(fast(x, t), executor.step(step, x, t))
@@ -151,12 +157,14 @@ def test_a_new_scheduler_tensor_is_a_new_run(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_an_unknown_timestep_computes_everything_and_says_so_once(seed):
     model, compute, fast = make(seed)
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for t, step in ((900, 0), (700, 1), (600, None), (500, 2), (400, None), (300, 3), (100, 4), (50, None)):
             x = sample(t)
-            expected = executor.full(x, torch.tensor(t)) if step is None else executor.step(step, x, torch.tensor(t))
+            value = torch.tensor(t)
+            following = sum(known > t for known in TIMESTEPS)
+            expected = executor.full(following, x, value) if step is None else executor.step(step, x, value)
             assert torch.equal(fast(x, torch.tensor(t)), expected)
     (said,) = (w for w in caught if "the mask" in str(w.message))
     assert "does not know timestep 600" in str(said.message)
@@ -185,7 +193,7 @@ def test_timing_one_step_in_a_loop_does_not_pile_up_caches():
 def test_timesteps_match_in_the_dtype_of_the_call(dtype):
     timesteps = (999, 873, 501, 250, 3)
     model, compute, fast = make(1, timesteps)
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the mask|this run")
         for step, t in enumerate(timesteps):
@@ -209,7 +217,7 @@ def test_timesteps_that_pipelines_scale_and_cast(dtype):
     """Flux and its kin: the scheduler's timestep is cast first and divided by 1000 then."""
     timesteps = tuple(t / 1000 for t in range(1000, 0, -20))
     model, compute, fast = make(1, timesteps)
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the mask|this run")
         for step, t in enumerate(timesteps):
@@ -221,7 +229,7 @@ def test_rising_timesteps():
     timesteps = (0.0, 0.25, 0.5, 0.75)
     model, compute, fast = make(3, timesteps)
     for run in range(2):
-        assert_follows(fast, Executor(model, BLOCKS, compute), range(4), seed=run, timesteps=timesteps)
+        assert_follows(fast, truth(model, compute), range(4), seed=run, timesteps=timesteps)
 
 
 @pytest.mark.parametrize("kind", [int, float, lambda t: torch.tensor([t]), lambda t: torch.tensor(float(t))])
@@ -249,7 +257,7 @@ def test_a_fractional_timestep_is_what_the_model_makes_of_it():
 def test_changing_results_and_inputs_in_place_does_not_reach_the_cache(backend):
     model, compute, fast = make(4, density=0.0)
     fast = mc.optimize(model, fast.mask, backend=backend)
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     for step, t in enumerate(TIMESTEPS):
         x = sample(step)
         ours, theirs = fast(x, torch.tensor(t)), executor.step(step, x.clone(), torch.tensor(t))
@@ -337,9 +345,9 @@ def test_copies_and_pickles_are_whole():
 
 def test_weights_changed_in_place_are_seen():
     model, compute, fast = make(6)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     fast.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()})
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     assert len(fast._captures) == 1
 
 
@@ -358,19 +366,19 @@ def test_weights_changed_in_place_are_seen():
 )
 def test_weights_and_modules_replaced_after_capture_are_captured_again(replace):
     model, compute, fast = make(7)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     replace(model, fast)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     assert fast.report().recaptures == 1
 
 
 def test_running_and_compiling_the_original_is_no_change_of_it():
     model, compute, fast = make(7)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     with torch.no_grad():
         torch.compile(model, backend="eager")(sample(0), torch.tensor(900))
     model(sample(0), torch.tensor(900))
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     assert fast.report().recaptures == 0
 
 
@@ -378,12 +386,12 @@ def test_to_another_dtype_and_back():
     model, compute, fast = make(8)
     assert fast.to(torch.float64) is fast
     assert next(model.parameters()).dtype == torch.float64
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     for step, t in enumerate(TIMESTEPS):
         x = sample(step).double()
         assert torch.equal(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t)))
     fast.float()
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
 
 
 def test_compiled_graphs_are_full_graphs_and_agree():
@@ -391,7 +399,7 @@ def test_compiled_graphs_are_full_graphs_and_agree():
     fast = mc.optimize(model, fast.mask, backend="aot_eager")
     fast.warmup(sample(0), torch.tensor(900))
     compiled = len(fast.report().signatures[0].compile_seconds)
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     for step, t in enumerate(TIMESTEPS):
         x = sample(step)
         torch.testing.assert_close(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t)))
@@ -412,11 +420,11 @@ def test_inductor_agrees_with_eager():
 
 def test_a_new_mask_keeps_the_capture_and_a_wrong_one_changes_nothing():
     model, compute, fast = make(10)
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     captured = next(iter(fast._captures.values()))
     with pytest.raises(mc.MaskError, match="'x'"):
         fast.set_mask(mc.Mask.full(["x"], TIMESTEPS))
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
     fast.set_mask(mc.Mask(~compute, blocks=BLOCKS, timesteps=TIMESTEPS))
     assert_follows(fast, Executor(model, BLOCKS, ~compute), range(5))
     assert next(iter(fast._captures.values())) is captured
@@ -496,7 +504,7 @@ def test_offload_hooks_are_refused():
 @pytest.mark.parametrize("failing", ["capture", "graph"])
 def test_calls_that_fail_leave_the_run_as_it_was(failing, monkeypatch):
     model, compute, fast = make(14)
-    executor = Executor(model, BLOCKS, compute)
+    executor = truth(model, compute)
     assert_follows(fast, executor, range(2))
     if failing == "capture":
         with pytest.raises(RuntimeError):
@@ -562,7 +570,7 @@ def test_blocks_within_autocast_and_grad_regions():
     assert len({block.macs for block in program.blocks}) == 1
     compute = np.random.default_rng(3).random((5, 3)) < 0.4
     fast = mc.optimize(model, mc.Mask(compute, blocks=BLOCKS, timesteps=TIMESTEPS), backend="eager")
-    assert_follows(fast, Executor(model, BLOCKS, compute), range(5))
+    assert_follows(fast, truth(model, compute), range(5))
 
 
 def test_a_block_that_returns_no_tensor_is_refused():

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from passes.capture import capture, composite_modules
 from passes.dependencies import slot_dependencies
 from passes.plan import plan_run, share_graphs
-from passes.rectify import rectify
+from passes.rectify import Version, rectify
 from passes.specialise import specialise
 from tests.executor import Executor
 from tests.toys import RandomDag
 
-STEPS = 5
+STEPS = 6
+RULES = ("hold", "linear", "quadratic")
 SETTINGS = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -30,23 +31,36 @@ def captured(request):
 
 
 def masks(model):
-    return arrays(np.bool_, (STEPS, len(model.names())))
+    """(compute, the reuse rule of each block, the log-SNR of each step or None)."""
+    width = len(model.names())
+    gaps = st.lists(st.floats(0.01, 8), min_size=STEPS, max_size=STEPS)
+    return st.tuples(
+        arrays(np.bool_, (STEPS, width)),
+        st.lists(st.sampled_from(RULES), min_size=width, max_size=width),
+        st.none() | gaps.map(lambda drawn: tuple(np.cumsum(drawn).tolist())),
+    )
 
 
-def run(found, blocks, compute, inputs):
-    """Execute the plans by hand: (results of every step, slots held after every step, MACs that each step really does)."""
+def executor_of(model, mask):
+    compute, rules, log_snr = mask
+    return Executor(model, model.names(), compute, order=[RULES.index(rule) for rule in rules], log_snr=log_snr)
+
+
+def run(found, blocks, mask, inputs):
+    """Execute the plans by hand: (plans, results of every step, MACs that each step really does)."""
     slots = slot_dependencies(found, blocks)
-    plans = plan_run(slots, blocks, compute)
+    plans = plan_run(slots, blocks, *mask)
     keys = share_graphs(plans, {})
     cache, results, macs = {}, [], []
-    for plan, tensors in zip(plans, inputs, strict=True):
-        key = keys[plan]
+    for step, (plan, tensors) in enumerate(zip(plans, inputs, strict=True)):
+        key = keys[plan.key]
         graph = specialise(found, key)
+        coefficients = [torch.tensor(plan.coefficients)] if plan.coefficients else []
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            outputs = graph(*tensors, *(cache[slot] for slot in key.reads))
+            outputs = graph(*tensors, *(cache[version] for version in plan.inputs), *coefficients)
         macs.append(counter.get_total_flops() // 2)
-        cache |= {slot: t for slot, t in zip(key.stores, outputs[2:], strict=True) if slot in plan.stores}
-        cache = {slot: cache[slot] for slot in plan.held}
+        cache |= {Version(slot, step): t for slot, t in zip(key.stores, outputs[2:], strict=True)}
+        cache = {version: cache[version] for version in plan.held}
         results.append(outputs[:2])
     return plans, results, macs
 
@@ -56,9 +70,9 @@ def test_specialised_graphs_are_the_executor(captured):
 
     @SETTINGS
     @given(masks(model))
-    def check(compute):
-        executor = Executor(model, model.names(), compute)
-        plans, results, macs = run(found, model.names(), compute, inputs)
+    def check(mask):
+        executor = executor_of(model, mask)
+        plans, results, macs = run(found, model.names(), mask, inputs)
         for step, tensors in enumerate(inputs):
             expected = executor.step(step, *tensors)
             assert torch.equal(results[step][0], expected["sample"])
@@ -75,15 +89,16 @@ def test_rectifying_changes_cost_and_nothing_else(captured):
 
     @SETTINGS
     @given(masks(model))
-    def check(compute):
-        cheaper = rectify(slots, model.names(), compute)
-        before, after = Executor(model, model.names(), compute), Executor(model, model.names(), cheaper)
+    def check(mask):
+        compute, *reuse = mask
+        cheaper = rectify(slots, model.names(), compute, *reuse)
+        before, after = executor_of(model, mask), executor_of(model, (cheaper, *reuse))
         for step, tensors in enumerate(inputs):
             expected, actual = before.step(step, *tensors), after.step(step, *tensors)
             assert torch.equal(expected["sample"], actual["sample"])
             assert torch.equal(expected["first"], actual["first"])
-        assert np.array_equal(rectify(slots, model.names(), cheaper), cheaper)
-        spent = [sum(p.macs for p in plan_run(slots, model.names(), m)) for m in (compute, cheaper)]
+        assert np.array_equal(rectify(slots, model.names(), cheaper, *reuse), cheaper)
+        spent = [sum(p.macs for p in plan_run(slots, model.names(), m, *reuse)) for m in (compute, cheaper)]
         assert spent[1] <= spent[0]
 
     check()
@@ -95,17 +110,18 @@ def test_nothing_is_stored_that_no_later_step_reads(captured):
 
     @SETTINGS
     @given(masks(model))
-    def check(compute):
-        plans = plan_run(slots, model.names(), compute)
+    def check(mask):
+        plans = plan_run(slots, model.names(), *mask)
         for step, plan in enumerate(plans):
-            for slot in plan.stores:
-                until = next((s for s in range(step + 1, STEPS) if slot in plans[s].stores), STEPS)
-                assert any(slot in plans[s].reads for s in range(step + 1, min(until + 1, STEPS)))
-            for slot in plan.reads:
-                assert any(slot in earlier.stores for earlier in plans[:step])
-            for slot in plan.held:
-                assert any(slot in later.reads for later in plans[step + 1 :])
-            assert plan.held_bytes == sum(found.marks[slot].meta["val"].nbytes for slot in plan.held)
+            for slot in plan.key.stores:
+                assert any(Version(slot, step) in later.inputs for later in plans[step + 1 :])
+            for version in plan.inputs:
+                assert version.slot in plans[version.step].key.stores
+                assert all(version in between.held for between in plans[version.step : step])
+            for version in plan.held:
+                assert any(version in later.inputs for later in plans[step + 1 :])
+            assert len(plan.coefficients) == len(plan.inputs) - len(plan.key.reads)
+            assert plan.held_bytes == sum(found.marks[version.slot].meta["val"].nbytes for version in plan.held)
 
     check()
 

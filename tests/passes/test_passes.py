@@ -28,7 +28,7 @@ def chain():
 
 
 def plans(slots, *rows):
-    return plan_run(slots, ["a", "b", "c"], np.array([[c == "1" for c in row] for row in rows]))
+    return plan_run(slots, ["a", "b", "c"], np.array([[c == "1" for c in row] for row in rows]), ["hold"] * 3)
 
 
 def test_slot_dependencies_of_the_chain(chain):
@@ -57,8 +57,8 @@ def test_slot_dependencies_of_the_chain(chain):
 def test_liveness_by_hand(chain, rows, reads, stores, computed):
     _, slots = chain
     found = plans(slots, *rows)
-    assert [p.reads for p in found] == reads
-    assert [p.stores for p in found] == stores
+    assert [tuple(slot for slot, _ in p.key.reads) for p in found] == reads
+    assert [p.key.stores for p in found] == stores
     assert [p.computed for p in found] == computed
     assert not found[-1].held
 
@@ -67,19 +67,20 @@ def test_rectified_mask_by_hand(chain):
     _, slots = chain
     compute = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 1]], dtype=bool)
     # Step 0 has nothing stored and computes all; at step 1 c is reused and a, b feed nobody, but step 2 reuses b.
-    assert rectify(slots, ["a", "b", "c"], compute).tolist() == [[True] * 3, [True, True, False], [True, False, True]]
+    assert rectify(slots, ["a", "b", "c"], compute, ["hold"] * 3).tolist() == [[True] * 3, [True, True, False], [True, False, True]]
     compute[2] = True
-    assert rectify(slots, ["a", "b", "c"], compute).tolist() == [[True] * 3, [False] * 3, [True] * 3]
+    assert rectify(slots, ["a", "b", "c"], compute, ["hold"] * 3).tolist() == [[True] * 3, [False] * 3, [True] * 3]
 
 
 def test_plans_that_only_store_less_share_a_graph(chain):
     _, slots = chain
     found = plans(slots, "111", "101", "111")
-    assert share_graphs(found, {}) == {
-        found[0]: GraphKey((), (B,)),
-        found[1]: GraphKey((B,), ()),
-        found[2]: GraphKey((), (B,)),
-    }
+    shared = share_graphs(found, {})
+    assert [shared[plan.key] for plan in found] == [
+        GraphKey((), (B,), 3 * 128),
+        GraphKey(((B, 1),), (), 2 * 128),
+        GraphKey((), (B,), 3 * 128),
+    ]
 
 
 def weights_of(graph_module):
@@ -95,10 +96,10 @@ def test_the_work_of_skipped_blocks_is_gone(name):
     for trial in range(6):
         compute = np.ones((2, len(program.names)), dtype=bool)
         compute[1] = rng.random(len(program.names)) < trial / 6
-        found = plan_run(program.slots, program.names, compute)
-        for plan, key in share_graphs(found, {}).items():
+        found = plan_run(program.slots, program.names, compute, ["hold"] * len(program.names))
+        for own, key in share_graphs(found, {}).items():
             graph = specialise(program.capture, key)
-            if plan.reads:
+            if own.reads:
                 skipped = [b for b, c in zip(program.names, compute[1], strict=True) if not c]
                 left = [w for w in weights_of(graph) if any(w.startswith(b + ".") for b in skipped)]
                 assert not left
@@ -108,7 +109,7 @@ def test_the_work_of_skipped_blocks_is_gone(name):
             with fake, torch.no_grad(), FlopCounterMode(display=False) as counter:
                 state = {k: fake.from_tensor(v) for k, v in [*graph.named_parameters(), *graph.named_buffers()]}
                 torch.func.functional_call(graph, state, tuple(tensors))
-            assert counter.get_total_flops() // 2 == plan.macs
+            assert counter.get_total_flops() // 2 == own.macs
 
 
 def test_all_reused_leaves_the_head_of_the_unet_alone():
@@ -116,8 +117,8 @@ def test_all_reused_leaves_the_head_of_the_unet_alone():
     args, kwargs = case.inputs(2, 901, 0)
     program = mc.trace(case.model, *args, **kwargs)
     compute = np.array([[True], [False]]).repeat(len(program.names), 1)
-    plan = plan_run(program.slots, program.names, compute)[1]
-    graph = specialise(program.capture, GraphKey(plan.reads, plan.stores))
+    plan = plan_run(program.slots, program.names, compute, ["hold"] * len(program.names))[1]
+    graph = specialise(program.capture, plan.key)
     assert weights_of(graph) == {f"{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
 
 
