@@ -1,7 +1,7 @@
 """maskcompile: a compiler for per-timestep block masks. ``fast = maskcompile.optimize(model, mask)``.
 
 A sampling run calls one denoiser many times, and between neighbouring steps most blocks return nearly the same tensor. A mask
-says for each step and block whether to compute it or to reuse its last output. maskcompile captures the denoiser as a torch.fx
+says for each step and block whether to compute it or to reuse its last outputs, held or extrapolated. maskcompile captures the denoiser as a torch.fx
 graph and emits one static graph for each distinct row of the mask, in which reused blocks no longer exist.
 """
 
@@ -21,6 +21,7 @@ from maskcompile.optimize import optimize
 from maskcompile.program import Program, trace
 from maskcompile.report import Report
 from maskcompile.runtime import OptimizedDenoiser
+from maskcompile.schedulers import log_snr
 from passes.blocks import Block
 from passes.capture import CaptureError
 
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "cost",
     "count_macs",
+    "log_snr",
     "optimize",
     "rectify",
     "schedules",

@@ -6,6 +6,7 @@ import math
 import os
 
 import networkx as nx
+import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -19,12 +20,14 @@ _KINDS = {"attention": "#c4562f", "convolution": "#2f6fb2", "feed_forward": "#3f
 
 
 def mask_heat_map(mask: Mask, path: str | os.PathLike[str], title: str = "") -> None:
-    """Steps from left to right, blocks from top to bottom in call order, computed cells dark."""
+    """Steps from left to right, blocks from top to bottom in call order; computed cells dark, extrapolated ones warm."""
+    rules = np.array(["hold", "linear"])
+    cells = np.where(mask.compute, len(rules), np.searchsorted(rules, mask.reuse)[None, :])
+    colours = {"hold": "#e9edf1", "linear": "#f0c9a4", "compute": "#1f4e79"}
     figure = Figure(figsize=(2.8 + 0.16 * mask.steps, 1.2 + 0.17 * len(mask.blocks)), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(
-        mask.compute.T, aspect="auto", interpolation="nearest", cmap=ListedColormap(["#e9edf1", "#1f4e79"]), vmin=0, vmax=1
-    )
+    cmap = ListedColormap(list(colours.values()))
+    axes.imshow(cells.T, aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=len(colours) - 1)
     axes.set_yticks(range(len(mask.blocks)), mask.blocks, fontsize=7)
     ticks = range(0, mask.steps, max(3, mask.steps // 10))
     axes.set_xticks(ticks, [f"{i}\n{mask.timesteps[i]:g}" for i in ticks], fontsize=7)
@@ -39,7 +42,7 @@ def mask_heat_map(mask: Mask, path: str | os.PathLike[str], title: str = "") -> 
     )
     axes.set_title(title or f"{mask.compute.mean():.0%} of the cells computed", fontsize=9)
     axes.legend(
-        handles=[Patch(color="#1f4e79", label="compute"), Patch(color="#e9edf1", label="reuse")],
+        handles=[Patch(color=colour, label=what) for what, colour in colours.items() if what in ("compute", *mask.reuse)],
         fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False,
     )  # fmt: skip
     figure.savefig(path, dpi=150)

@@ -34,11 +34,11 @@ class Mask:
 
     compute: bool array-like [T, B]. blocks: B module paths. timesteps: T values with which the denoiser is called, in
     sampling order (strictly falling, or strictly rising for denoisers that count that way). reuse: the rule that makes a
-    reused output, one for all blocks or one for each: "hold" (the output of the last step that computed the block), "linear"
-    or "quadratic" (the last two or three outputs extrapolated to the step; see ``passes.reuse``). log_snr: T rising values,
-    log(alpha^2 / sigma^2) at each step, a second clock for the rules that extrapolate (``schedules.log_snr`` reads it off a
-    scheduler). denoiser and block_hash say what the mask was made for (see ``hash_blocks``) and are checked by ``optimize``
-    where present. provenance: JSON-able facts on where the mask came from (method, budget, seeds, versions).
+    reused output, one for all blocks or one for each: "hold" (the output of the last step that computed the block) or
+    "linear" (the last two outputs extrapolated to the step; see ``passes.reuse``). log_snr: T rising values,
+    log(alpha^2 / sigma^2) at each step, by which "linear" measures distances beside the step index (``maskcompile.log_snr``
+    reads them off a scheduler). denoiser and block_hash say what the mask was made for (see ``hash_blocks``) and are checked
+    by ``optimize`` where present. provenance: JSON-able facts on where the mask came from (method, budget, seeds, versions).
 
     Immutable. Raises MaskError for a wrong shape or dtype, duplicate blocks, duplicate or unsorted timesteps, unknown rules,
     a log-SNR that does not rise.
@@ -206,9 +206,9 @@ class Mask:
         return f"Mask({self.steps} steps x {len(self.blocks)} blocks, {kept:.0%} computed{rules})"
 
     def __str__(self) -> str:
-        """A line a block, a column a step: '#' computes; '.' holds, '-' extrapolates linearly, '~' quadratically."""
+        """A line a block, a column a step: '#' computes, '.' holds, '-' extrapolates."""
         width = max((len(b) for b in self.blocks), default=0)
-        sign = {"hold": ".", "linear": "-", "quadratic": "~"}
+        sign = {"hold": ".", "linear": "-"}
         lines = [
             f"{b:<{width}}  " + "".join("#" if c else sign[self.reuse[i]] for c in self.compute[:, i])
             for i, b in enumerate(self.blocks)

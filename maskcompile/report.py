@@ -9,13 +9,16 @@ from dataclasses import dataclass
 class SignatureReport:
     """For one input signature: a whole run's MACs without and with the mask, cache memory at its peak, graphs, seconds.
 
-    compile_seconds: of the first call of each graph compiled so far.
+    held_cache_bytes: what the peak would be if every block were held. extrapolated: numbers that a run extrapolates, a
+    multiply-add each, which the MACs do not count. compile_seconds: of the first call of each graph compiled so far.
     """
 
     inputs: str
     full_macs: int
     macs: int
     peak_cache_bytes: int
+    held_cache_bytes: int
+    extrapolated: int
     graphs: int
     capture_seconds: float
     compile_seconds: tuple[float, ...]
@@ -58,6 +61,14 @@ class Report:
                 f"    MACs a run   {s.full_macs / 1e9:.2f}G -> {s.macs / 1e9:.2f}G "
                 f"({s.share:.1%}, at most {speedup:.2f}x faster)",
                 f"    cache        {s.peak_cache_bytes / 2**20:.2f} MiB at its peak",
+                *(
+                    [
+                        f"    extrapolate  {s.extrapolated / 1e6:.1f}M numbers a run, a multiply-add each; "
+                        f"the cache would be {s.held_cache_bytes / 2**20:.2f} MiB if all were held"
+                    ]
+                    if s.extrapolated
+                    else []
+                ),
                 f"    graphs       {s.graphs} for a whole run, {len(s.compile_seconds)} compiled in "
                 f"{sum(s.compile_seconds):.1f} s after {s.capture_seconds:.1f} s of capture",
             ]

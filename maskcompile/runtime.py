@@ -341,13 +341,16 @@ class OptimizedDenoiser(nn.Module):
             if key not in self._slots:
                 continue
             schedule = self._schedule(key, 0, leading=False)
-            plans = schedule.plans
+            plans, slots, mask = schedule.plans, self._slots[key], self._mask
+            held = plan_run(slots, mask.blocks, mask.compute, ["hold"] * len(mask.blocks))
             signatures.append(
                 SignatureReport(
                     inputs=captured.described,
-                    full_macs=self._slots[key].total_macs * self._mask.steps,
+                    full_macs=slots.total_macs * mask.steps,
                     macs=sum(plan.macs for plan in plans),
                     peak_cache_bytes=max(plan.held_bytes for plan in plans),
+                    held_cache_bytes=max(plan.held_bytes for plan in held),
+                    extrapolated=sum(slots.numel(slot) for plan in plans for slot, entering in plan.key.reads if entering == 2),
                     graphs=len({schedule.graphs[plan.key] for plan in plans}),
                     capture_seconds=captured.seconds,
                     compile_seconds=tuple(g.seconds for g in captured.graphs.values() if g.seconds is not None),

@@ -1,4 +1,10 @@
-"""Published static schedules, as masks."""
+"""Published static schedules, as masks.
+
+Common arguments: timesteps, the values with which the denoiser is called, in sampling order. warmup: how many steps at the
+start of a run compute everything; intervals are counted from the last of them. The published schedules say 1; TaylorSeer
+(Liu et al. 2025, arXiv 2503.06923) begins with three full steps, and *linear* gains the most from it, since it extrapolates from
+the first steps. reuse, log_snr: see ``Mask``.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +20,35 @@ from passes.dependencies import OUTPUT
 from passes.rectify import Compute
 
 
-def uniform(program: Program, timesteps: Iterable[float], interval: int) -> Mask:
+def uniform(
+    program: Program,
+    timesteps: Iterable[float],
+    interval: int,
+    *,
+    warmup: int = 1,
+    reuse: str = "hold",
+    log_snr: Iterable[float] | None = None,
+) -> Mask:
     """Everything at every ``interval``-th step, nothing in between.
 
     FORA (Selvaraju et al. 2024, arXiv 2407.01425), section 3: attention and MLP outputs of a DiT are recomputed at every N-th
-    step. timesteps: the values with which the denoiser is called, in sampling order.
+    step.
     """
     steps = tuple(timesteps)
-    full = _full_steps(len(steps), interval)
-    return _mask(program, steps, np.repeat(full[:, None], len(program.blocks), 1), schedule="uniform", interval=interval)
+    compute = np.repeat(_full_steps(len(steps), interval, warmup)[:, None], len(program.blocks), 1)
+    return _mask(program, steps, compute, reuse, log_snr, schedule="uniform", interval=interval, warmup=warmup)
 
 
-def deepcache(program: Program, timesteps: Iterable[float], interval: int, depth: int = 1) -> Mask:
+def deepcache(
+    program: Program,
+    timesteps: Iterable[float],
+    interval: int,
+    depth: int = 1,
+    *,
+    warmup: int = 1,
+    reuse: str = "hold",
+    log_snr: Iterable[float] | None = None,
+) -> Mask:
     """Everything at every ``interval``-th step; in between only the ``depth`` shallowest levels of a U-shaped denoiser.
 
     DeepCache (Ma et al. 2023, arXiv 2312.00858), section 3.2 with uniform 1:N inference: the deep branch is taken from the
@@ -45,8 +68,9 @@ def deepcache(program: Program, timesteps: Iterable[float], interval: int, depth
     if not 1 <= depth < len(distinct):
         raise MaskError(f"depth must be 1 to {len(distinct) - 1} for {program.denoiser}; got {depth}.")
     shallow = np.array([levels[name] in distinct[:depth] for name in program.names], dtype=np.bool_)
-    compute = _full_steps(len(steps), interval)[:, None] | shallow[None, :]
-    return _mask(program, steps, compute, schedule="deepcache", interval=interval, depth=depth)
+    compute = _full_steps(len(steps), interval, warmup)[:, None] | shallow[None, :]
+    schedule = {"schedule": "deepcache", "interval": interval, "depth": depth, "warmup": warmup}
+    return _mask(program, steps, compute, reuse, log_snr, **schedule)
 
 
 def _levels(program: Program) -> dict[str, int]:
@@ -60,18 +84,30 @@ def _levels(program: Program) -> dict[str, int]:
     return {name: from_input.get(name, far) + to_output.get(name, far) - 1 for name in program.names}
 
 
-def _full_steps(steps: int, interval: int) -> Compute:
+def _full_steps(steps: int, interval: int, warmup: int) -> Compute:
     if interval < 1:
         raise MaskError(f"interval must be at least 1; got {interval}.")
-    full: Compute = np.arange(steps) % interval == 0
+    if warmup < 1:
+        raise MaskError(f"warmup must be at least 1, since a run's first step has nothing to reuse; got {warmup}.")
+    index = np.arange(steps)
+    full: Compute = (index < warmup) | ((index - warmup + 1) % interval == 0)
     return full
 
 
-def _mask(program: Program, timesteps: tuple[float, ...], compute: Compute, **provenance: object) -> Mask:
+def _mask(
+    program: Program,
+    timesteps: tuple[float, ...],
+    compute: Compute,
+    reuse: str,
+    log_snr: Iterable[float] | None,
+    **provenance: object,
+) -> Mask:
     return Mask(
         compute,
         blocks=program.names,
         timesteps=timesteps,
+        reuse=reuse,
+        log_snr=log_snr,
         denoiser=program.denoiser,
         block_hash=program.block_hash,
         provenance={**provenance, "torch": torch.__version__},

@@ -50,6 +50,10 @@ class Slots:
             nodes |= self.work[slot]
         return sum(self.macs[node] for node in nodes)
 
+    def numel(self, slot: Slot) -> int:
+        """How many numbers a slot holds."""
+        return self.size[slot] // self.dtype[slot].itemsize
+
     def reach(self, reused: frozenset[Slot], stored: frozenset[Slot]) -> tuple[set[Slot | str], set[Slot]]:
         """(what must be computed, which of ``reused`` are read) for one step that returns its result and ``stored``."""
         computed: set[Slot | str] = {OUTPUT, *stored}

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 from passes.capture import Slot
 from passes.dependencies import Slots
-from passes.rectify import Compute, Version, liveness, simulate
+from passes.rectify import Compute, Version, liveness, simulate, versions
 
 
 @dataclass(frozen=True)
 class GraphKey:
     """What tells one specialised graph from another: what enters it and what it returns.
 
-    reads: reused slots, each with the number of its versions that the reuse rule combines. stores: slots that it returns.
-    macs: multiply-accumulates that follow from these.
+    reads: reused slots, each with the number of its versions that enter: 1 is held, 2 are extrapolated. stores: slots that it
+    returns. macs: multiply-accumulates that follow from these.
     """
 
     reads: tuple[tuple[Slot, int], ...]
@@ -28,9 +28,8 @@ class Plan:
     """What one step does.
 
     computed: blocks of which something is computed. key: of the graph that does it. inputs: versions taken from the cache, for
-    each of ``key.reads`` the newest first. coefficients: what the graph multiplies with, see ``passes.reuse``, for each read
-    one fewer than it has versions. held: versions in the cache after the step (those that a later step reads). held_bytes: size
-    of the cache after the step.
+    each of ``key.reads`` the newest first. coefficients: the c of each read of two versions, see ``passes.reuse``. held:
+    versions in the cache after the step (those that a later step reads). held_bytes: size of the cache after the step.
     """
 
     computed: tuple[str, ...]
@@ -60,13 +59,14 @@ def plan_run(
     """
     plans = []
     for live in liveness(slots, simulate(slots, blocks, compute, rules, log_snr)):
-        reads = tuple((slot, len(made.steps)) for slot, made in live.read.items())
+        inputs = {slot: versions(slot, made) for slot, made in live.read.items()}
+        reads = tuple((slot, len(entering)) for slot, entering in inputs.items())
         plans.append(
             Plan(
                 computed=tuple(dict.fromkeys(c.block for c in slots.calls if not live.computed.isdisjoint(c.slots))),
                 key=GraphKey(reads, tuple(sorted(live.stored)), slots.macs_of(live.computed)),
-                inputs=tuple(Version(slot, source) for slot, made in live.read.items() for source in made.steps),
-                coefficients=tuple(c for made in live.read.values() for c in made.coefficients),
+                inputs=tuple(version for entering in inputs.values() for version in entering),
+                coefficients=tuple(made.c for made in live.read.values() if made.before is not None),
                 held=live.held,
                 held_bytes=sum(slots.size[version.slot] for version in live.held),
             )

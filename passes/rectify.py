@@ -88,8 +88,8 @@ def liveness(slots: Slots, steps: Sequence[Calls]) -> list[Liveness]:
         computed, reused = slots.reach(frozenset(slots.size) - produced, stored)
         read = {slot: _of_slot(slots, slot, calls.recalled[slot.block, slot.call]) for slot in sorted(reused)}
         live.append(Liveness(frozenset(computed), read, stored, wanted))
-        wanted = frozenset(version for version in wanted if version.step < step) | {
-            Version(slot, source) for slot, made in read.items() for source in made.steps
+        wanted = frozenset(v for v in wanted if v.step < step) | {
+            v for slot, made in read.items() for v in versions(slot, made)
         }
     return live[::-1]
 
@@ -100,26 +100,24 @@ def rectify(
     """The cheapest mask with the same results: bool [steps, len(blocks)], True only where a block must run.
 
     A block that encloses another one stays computed where the inner one must run: a mask cannot say "only this part of it".
-    So does one whose output nobody reads where a later reuse would look back further without it.
     """
     rectified = np.zeros_like(compute)
     column = {block: index for index, block in enumerate(blocks)}
-    enclosing = {(c.block, c.call): c.enclosing for c in slots.calls}
     steps = simulate(slots, blocks, compute, rules, log_snr)
     for step, live in enumerate(liveness(slots, steps)):
-        kept = [
-            (step, (c.block, c.call))
-            for c in slots.calls
-            if (c.block, c.call) in steps[step].running and not live.computed.isdisjoint(c.slots)
-        ]
-        kept += [(at, (slot.block, slot.call)) for slot, made in live.read.items() for at in made.considered]
-        for at, call in kept:
-            for block, _ in [call, *enclosing[call]]:
-                rectified[at, column[block]] = True
+        for c in slots.calls:
+            if (c.block, c.call) in steps[step].running and not live.computed.isdisjoint(c.slots):
+                for block, _ in [(c.block, c.call), *c.enclosing]:
+                    rectified[step, column[block]] = True
     return rectified
+
+
+def versions(slot: Slot, made: Recall) -> list[Version]:
+    """What a reused output is made of, the newest first."""
+    return [Version(slot, step) for step in (made.last, made.before) if step is not None]
 
 
 def _of_slot(slots: Slots, slot: Slot, made: Recall) -> Recall:
     """Only what can be multiplied is extrapolated; whole numbers and booleans are held."""
     dtype = slots.dtype[slot]
-    return made if dtype.is_floating_point or dtype.is_complex else Recall(made.steps[:1], (), made.steps[:1])
+    return made if dtype.is_floating_point or dtype.is_complex else Recall(made.last)

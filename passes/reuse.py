@@ -1,67 +1,53 @@
 """Pass 4: reuse rules. What stands for a block's output at a step that reuses it.
 
-With y_a the output at the last step a at which the block ran, y_b at the one before, and so on, step i gets the value at i of
-the polynomial through the outputs at those steps: of degree 0 under *hold*, 1 under *linear*, 2 under *quadratic*. Written as
+With y_a the output at the last step a at which the block ran, and y_b the one before that,
 
-    y_a + sum_j c_j (y_a - y_j)        with c_j = -(Lagrange weight of y_j at i); for *linear* c = (i - a) / (a - b)
+    hold      y_a
+    linear    y_a + c (y_a - y_b)      c = min((i - a) / (a - b), 1) at step i
 
-it is y_a itself where a block does not change. TaylorSeer (Liu et al. 2025, arXiv 2503.06923, eq. 6) forecasts from the same
-differences, along the step index. Here distances are measured along the step index and, where it is known, along the log-SNR
-of the steps; the clock on which step i is nearer, relative to the distance of a and b, counts. Features follow neither clock
-everywhere, and the error of reaching too far is worse than that of reaching short: the log-SNR races through the first steps
-of a run, whose differences say little about those that follow, and through its last ones.
+with distances measured along the step index and, where it is known, along the log-SNR of the steps; the smaller c of the two
+counts. TaylorSeer (Liu et al. 2025, arXiv 2503.06923, eq. 6, order 1) forecasts along the step index alone. Features follow
+neither clock everywhere, and reaching too far is worse than reaching short: the log-SNR slows down after the first steps of a
+run, whose differences say little about what follows, and races through the last ones. Past c = 1 the extrapolated value is
+held, which bounds what the rule can do where a mask leaves long gaps. Higher orders were measured and lost to *linear* on most
+masks (``benchmarks/results/quality.md``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan, prod
 
-#: rule -> how many computations before the last one it looks back to
-RULES = {"hold": 0, "linear": 1, "quadratic": 2}
+RULES = ("hold", "linear")
 
-#: How far beyond the last computation a rule reaches at most, as a multiple of the distance of the last two. Past it: hold.
+#: How far beyond the last computation *linear* reaches, as a multiple of the distance of the last two.
 SAFE_REACH = 1.0
+
+#: log-SNR below which a denoiser sees noise alone (sigma = 20 alpha), and its features do not change with the log-SNR.
+FAINT = -6.0
 
 
 @dataclass(frozen=True)
 class Recall:
-    """How a reused output is made.
+    """How a reused output is made: last: the step of y_a. before: that of y_b, None where y_a is held. c: see above."""
 
-    steps: whose computations, newest first. coefficients: c_j of each but the newest. considered: the computations that
-    decided it; more than ``steps`` where the rule would have reached too far.
-    """
-
-    steps: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    considered: tuple[int, ...]
+    last: int
+    before: int | None = None
+    c: float = 0.0
 
 
 def recall(rule: str, ran: Sequence[int], step: int, log_snr: Sequence[float] | None = None) -> Recall:
     """What ``rule`` makes of a block at ``step``.
 
     ran: the steps of the run at which the block ran so far, rising, at least one. log_snr: of each step of the run, rising, NaN
-    where unknown. A rule that lacks computations to look back to uses those that there are; one that would reach too far holds.
+    where unknown. Nothing is extrapolated from a single computation.
     """
-    considered = tuple(ran[: -RULES[rule] - 2 : -1])
-    if len(considered) == 1:
-        return Recall(considered, (), considered)
-    times = {at: float(at) for at in (step, *considered)}
+    if rule == "hold" or len(ran) == 1:
+        return Recall(ran[-1])
+    before, last = ran[-2:]
+    reach = min((step - last) / (last - before), SAFE_REACH)
     if log_snr is not None:
-        logarithmic = {at: log_snr[at] for at in times}
-        # A NaN compares as not nearer.
-        if _reach(logarithmic, considered, step) < _reach(times, considered, step) and not any(
-            map(isnan, logarithmic.values())
-        ):
-            times = logarithmic
-    if _reach(times, considered, step) > SAFE_REACH:
-        return Recall(considered[:1], (), considered)
-    now = times[step]
-    weights = (prod((now - times[k]) / (times[j] - times[k]) for k in considered if k != j) for j in considered[1:])
-    return Recall(considered, tuple(-weight for weight in weights), considered)
-
-
-def _reach(times: dict[int, float], considered: Sequence[int], step: int) -> float:
-    last, before = times[considered[0]], times[considered[1]]
-    return (times[step] - last) / (last - before)
+        i, a, b = (max(log_snr[at], FAINT) for at in (step, last, before))
+        if a > b:  # not where both are faint, nor where one is unknown
+            reach = min(reach, (i - a) / (a - b))
+    return Recall(last, before, reach)

@@ -22,9 +22,9 @@ aten = torch.ops.aten
 def specialise(capture: Capture, key: GraphKey) -> GraphModule:
     """Build the graph ``(*tensor inputs, *cached versions, coefficients) -> (*tensor results, *stores)``, sharing weights.
 
-    Inputs and results are those of the denoiser in pytree order, versions and stores in the order of ``key``, the newest
-    version of a slot first. coefficients: float [n], one for each version but the newest of a slot (see ``passes.reuse``); no
-    such input where n is 0. Outputs may share memory with each other and with inputs, as those of any graph.
+    Inputs and results are those of the denoiser in pytree order, versions and stores in the order of ``key``, the newer
+    version of a slot first. coefficients: float [n], the c of each of the n reads of two versions (see ``passes.reuse``); no
+    such input where there are none. Outputs may share memory with each other and with inputs, as those of any graph.
     """
     reused = {capture.marks[slot] for slot, _ in key.reads}
     results, stores = result_nodes(capture), [capture.marks[slot] for slot in key.stores]
@@ -34,14 +34,13 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
     for node in capture.inputs:
         copies[node] = graph.node_copy(node)
     versions: dict[Slot, list[Node]] = {}
-    for slot, number in key.reads:
-        versions[slot] = []
-        for age in range(number):
-            versions[slot].append(graph.placeholder(f"cached_{len(versions) - 1}_{age}"))
-            versions[slot][-1].meta["val"] = capture.marks[slot].meta["val"]
-    terms = _terms(graph, versions)
-    for slot in versions:
-        copies[capture.marks[slot]] = _reuse(graph, versions[slot][0], terms[slot])
+    for position, (slot, number) in enumerate(key.reads):
+        versions[slot] = [graph.placeholder(f"cached_{position}_{age}") for age in range(number)]
+        for placeholder in versions[slot]:
+            placeholder.meta["val"] = capture.marks[slot].meta["val"]
+    coefficients = _coefficients(graph, versions)
+    for slot, nodes in versions.items():
+        copies[capture.marks[slot]] = _extrapolate(graph, nodes, coefficients[slot]) if len(nodes) == 2 else nodes[0]
     for node in capture.graph_module.graph.nodes:
         if node in copies or node not in live:
             continue
@@ -53,37 +52,27 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
     return GraphModule(capture.graph_module, graph, class_name="SpecialisedDenoiser")
 
 
-def _terms(graph: Graph, versions: Mapping[Slot, Sequence[Node]]) -> dict[Slot, list[tuple[Node, Node]]]:
-    """(c_j, y_j) of each older version y_j of each slot; the c_j are elements of one new input, in order."""
-    older = [(slot, version) for slot, (_, *rest) in versions.items() for version in rest]
-    terms: dict[Slot, list[tuple[Node, Node]]] = {slot: [] for slot in versions}
-    if older:
-        values = [version.meta["val"] for _, version in older]
-        double = any(value.dtype in (torch.float64, torch.complex128) for value in values)
-        coefficients = graph.placeholder("coefficients")
-        coefficients.meta["val"] = values[0].new_empty(len(older), dtype=torch.float64 if double else torch.float32)
-        for index, (slot, version) in enumerate(older):
-            terms[slot].append((graph.call_function(aten.select.int, (coefficients, 0, index)), version))
-    return terms
+def _coefficients(graph: Graph, versions: Mapping[Slot, Sequence[Node]]) -> dict[Slot, Node]:
+    """The c of each slot of two versions, elements of one new input of the graph."""
+    slots = [slot for slot, nodes in versions.items() if len(nodes) == 2]
+    if not slots:
+        return {}
+    values = [versions[slot][0].meta["val"] for slot in slots]
+    double = any(value.dtype in (torch.float64, torch.complex128) for value in values)
+    coefficients = graph.placeholder("coefficients")
+    coefficients.meta["val"] = values[0].new_empty(len(slots), dtype=torch.float64 if double else torch.float32)
+    return {slot: graph.call_function(aten.select.int, (coefficients, 0, index)) for index, slot in enumerate(slots)}
 
 
-def _reuse(graph: Graph, newest: Node, terms: Sequence[tuple[Node, Node]]) -> Node:
-    """What stands for a reused output: ``y_a + sum_j c_j (y_a - y_j)``; half precision is rounded once, at the end.
-
-    terms: (c_j, y_j). A compiler fuses these operations with each other and with what reads the result.
-    """
-    if not terms:
-        return newest
-    dtype = newest.meta["val"].dtype
+def _extrapolate(graph: Graph, versions: Sequence[Node], c: Node) -> Node:
+    """``last + c (last - before)``, in float32 for half precision. A compiler fuses it with what reads the result."""
+    last, before = versions
+    dtype = last.meta["val"].dtype
     narrow = dtype.is_floating_point and dtype.itemsize < 4
-
-    def wide(node: Node) -> Node:
-        return graph.call_function(aten.to.dtype, (node, torch.float32)) if narrow else node
-
-    value = last = wide(newest)
-    for coefficient, older in terms:
-        difference = graph.call_function(aten.sub.Tensor, (last, wide(older)))
-        value = graph.call_function(aten.add.Tensor, (value, graph.call_function(aten.mul.Tensor, (difference, coefficient))))
+    if narrow:
+        last, before = (graph.call_function(aten.to.dtype, (node, torch.float32)) for node in (last, before))
+    difference = graph.call_function(aten.sub.Tensor, (last, before))
+    value = graph.call_function(aten.add.Tensor, (last, graph.call_function(aten.mul.Tensor, (difference, c))))
     return graph.call_function(aten.to.dtype, (value, dtype)) if narrow else value
 
 

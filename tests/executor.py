@@ -21,48 +21,34 @@ def copy(value):
 
 
 def extrapolate(outputs, clocks, step):
-    """The value at ``step`` of the polynomial through ``outputs``: pairs (step, output), newest first.
+    """The line through the last two of ``outputs``, pairs (step, output) with the newest first, at ``step``.
 
-    The clock that puts the step the nearest, relative to the last two outputs, counts; beyond their distance the newest holds.
-    A clock that returns None does not know the time of a step.
+    Of several clocks that which puts the step nearest, relative to the distance of the two outputs; at most as far as that.
+    A clock is a function of the step, None where it does not know the time.
     """
     newest = outputs[0][1]
     if len(outputs) == 1:
         return copy(newest)
-    if not isinstance(newest, torch.Tensor):
-        if isinstance(newest, dict):
-            return {k: extrapolate([(s, o[k]) for s, o in outputs], clocks, step) for k in newest}
-        if isinstance(newest, (tuple, list)):
-            return type(newest)(extrapolate([(s, o[i]) for s, o in outputs], clocks, step) for i in range(len(newest)))
-        return newest
-    if not newest.is_floating_point():
-        return newest.clone()
-    ahead = {}
+    if isinstance(newest, dict):
+        return {k: extrapolate([(s, o[k]) for s, o in outputs], clocks, step) for k in newest}
+    if isinstance(newest, (tuple, list)):
+        return type(newest)(extrapolate([(s, o[i]) for s, o in outputs], clocks, step) for i in range(len(newest)))
+    if not isinstance(newest, torch.Tensor) or not newest.is_floating_point():
+        return copy(newest)
+    ahead = [1.0]
     for clock in clocks:
-        if None in [clock(step), *(clock(s) for s, _ in outputs)]:
-            continue
         now, last, before = clock(step), clock(outputs[0][0]), clock(outputs[1][0])
-        ahead.setdefault((now - last) / (last - before), clock)
-    if min(ahead) > 1:
-        return newest.clone()
-    clock = ahead[min(ahead)]
+        if None not in (now, last, before) and last != before:
+            ahead.append((now - last) / (last - before))
     wide = torch.float64 if newest.dtype == torch.float64 else torch.float32
-    y, at, x = newest.to(wide), [clock(s) for s, _ in outputs], clock(step)
-    total = y
-    for j in range(1, len(outputs)):
-        weight = 1.0
-        for k in range(len(outputs)):
-            if k != j:
-                weight *= (x - at[k]) / (at[j] - at[k])
-        total = total + -weight * (y - outputs[j][1].to(wide))
-    return total.to(newest.dtype)
+    y = newest.to(wide)
+    return (y + min(ahead) * (y - outputs[1][1].to(wide))).to(newest.dtype)
 
 
 class Executor:
     """Runs ``model`` under boolean rows [steps][blocks]: False returns what the block's rule makes of its outputs so far.
 
-    order: 0 holds the last output, 1 and 2 extrapolate from the last two and three; of all blocks, or one for each.
-    log_snr: of each step.
+    order: 0 holds the last output, 1 extrapolates from the last two; of all blocks, or one for each. log_snr: of each step.
     """
 
     def __init__(self, model, blocks: Sequence[str], compute: Sequence[Sequence[bool]], order=0, log_snr=None) -> None:
@@ -70,7 +56,7 @@ class Executor:
         self.order = dict(zip(blocks, [order] * len(blocks) if isinstance(order, int) else order, strict=True))
         self.clocks = [lambda s: s]
         if log_snr is not None:
-            self.clocks.append(lambda s: None if s in self.outside else log_snr[s])
+            self.clocks.append(lambda s: None if s in self.outside else max(log_snr[s], -6.0))
         self.reset()
 
     def reset(self) -> None:

@@ -25,7 +25,7 @@ def traced(request):
     return case, program, fast
 
 
-RULES = ("hold", "linear", "quadratic")
+RULES = ("hold", "linear")
 LOG_SNR = (-9.0, -3.0, -2.0, 1.0, 5.0)
 
 

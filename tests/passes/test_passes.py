@@ -67,7 +67,11 @@ def test_rectified_mask_by_hand(chain):
     _, slots = chain
     compute = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 1]], dtype=bool)
     # Step 0 has nothing stored and computes all; at step 1 c is reused and a, b feed nobody, but step 2 reuses b.
-    assert rectify(slots, ["a", "b", "c"], compute, ["hold"] * 3).tolist() == [[True] * 3, [True, True, False], [True, False, True]]
+    assert rectify(slots, ["a", "b", "c"], compute, ["hold"] * 3).tolist() == [
+        [True] * 3,
+        [True, True, False],
+        [True, False, True],
+    ]
     compute[2] = True
     assert rectify(slots, ["a", "b", "c"], compute, ["hold"] * 3).tolist() == [[True] * 3, [False] * 3, [True] * 3]
 
