@@ -1,8 +1,9 @@
 """maskcompile: a compiler for per-timestep block masks. ``fast = maskcompile.optimize(model, mask)``.
 
 A sampling run calls one denoiser many times, and between neighbouring steps most blocks return nearly the same tensor. A mask
-says for each step and block whether to compute it or to reuse its last outputs, held or extrapolated. maskcompile captures the denoiser as a torch.fx
-graph and emits one static graph for each distinct row of the mask, in which reused blocks no longer exist.
+says for each step and block whether to compute it or to reuse its last outputs, held or extrapolated. maskcompile captures
+the denoiser as a torch.fx graph and emits one static graph for each distinct row of the mask, in which reused blocks no longer
+exist.
 """
 
 import passes

@@ -21,9 +21,9 @@ _KINDS = {"attention": "#c4562f", "convolution": "#2f6fb2", "feed_forward": "#3f
 
 def mask_heat_map(mask: Mask, path: str | os.PathLike[str], title: str = "") -> None:
     """Steps from left to right, blocks from top to bottom in call order; computed cells dark, extrapolated ones warm."""
-    rules = np.array(["hold", "linear"])
-    cells = np.where(mask.compute, len(rules), np.searchsorted(rules, mask.reuse)[None, :])
     colours = {"hold": "#e9edf1", "linear": "#f0c9a4", "compute": "#1f4e79"}
+    kinds = list(colours)
+    cells = np.where(mask.compute, kinds.index("compute"), [kinds.index(rule) for rule in mask.reuse])
     figure = Figure(figsize=(2.8 + 0.16 * mask.steps, 1.2 + 0.17 * len(mask.blocks)), layout="constrained")
     axes = figure.subplots()
     cmap = ListedColormap(list(colours.values()))

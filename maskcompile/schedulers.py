@@ -32,7 +32,7 @@ def log_snr(scheduler: Any, timesteps: Iterable[float] | None = None) -> tuple[f
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         raise ValueError(
-            f"{type(scheduler).__name__} has neither alphas_cumprod nor sigmas; give the mask log_snr values, or leave them out."
+            f"{type(scheduler).__name__} has neither alphas_cumprod nor sigmas; give the mask log_snr values, or none."
         )
     at = [int(np.abs(own - value).argmin()) for value in wanted]
     if missing := [value for value, index in zip(wanted, at, strict=True) if not np.isclose(own[index], value)]:

@@ -2,8 +2,8 @@
 
 Common arguments: timesteps, the values with which the denoiser is called, in sampling order. warmup: how many steps at the
 start of a run compute everything; intervals are counted from the last of them. The published schedules say 1; TaylorSeer
-(Liu et al. 2025, arXiv 2503.06923) begins with three full steps, and *linear* gains the most from it, since it extrapolates from
-the first steps. reuse, log_snr: see ``Mask``.
+(Liu et al. 2025, arXiv 2503.06923) begins with three full steps, and *linear* gains the most from it, since it extrapolates
+from the first steps. reuse, log_snr: see ``Mask``.
 """
 
 from __future__ import annotations
