@@ -24,6 +24,7 @@ from benchmarks.reference.dataset import CLASSES
 from benchmarks.sampling import Task, noise, psnr, sample, task
 from benchmarks.timing import hardware, interleaved, ratio
 from maskcompile import draw
+from maskcompile.files import write_whole
 
 #: denoiser -> its published schedule
 SCHEDULES = {
@@ -174,10 +175,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"median of {options.repeats} interleaved runs."
     )
     text = f"{table(rows)}\n\n{caption}\n"
-    (options.out / "table.md").write_text(text)
-    (options.out / "table.json").write_text(
-        json.dumps({"setting": caption, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-    )
+    write_whole(options.out / "table.md", text)
+    document = {"setting": caption, "rows": [asdict(row) for row in rows]}
+    write_whole(options.out / "table.json", json.dumps(document, indent=1) + "\n")
     print(f"\n{text}\nPictures, masks and this table are in {options.out}/")
 
 

@@ -19,6 +19,7 @@ import torch
 import maskcompile as mc
 from benchmarks.sampling import Task, task
 from benchmarks.timing import hardware, interleaved, ratio
+from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -112,8 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     text = f"# Latency\n\n{table(rows)}\n\n{setting}\nMade by `python -m benchmarks.latency`. No GPU table has been made yet.\n"
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "latency.md").write_text(text)
-    (options.out / "latency.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    write_whole(options.out / "latency.md", text)
+    write_whole(options.out / "latency.json", json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
     print(text)
 
 

@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from benchmarks.reference import load
 from benchmarks.reference.dataset import CLASSES, SIZE
+
+#: solver -> diffusers' scheduler and what its configuration gets
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DDIM": (DDIMScheduler, {}),
+    "DDIM, eta 1": (DDIMScheduler, {}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class Task:
     scheduler: Any
     timesteps: tuple[int, ...]
     classes: int | None
+    eta: float = 0.0
 
     def inputs(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Example arguments of one denoiser call for ``batch`` pictures."""
@@ -31,12 +41,20 @@ class Task:
         return (torch.randn(batch, 3, SIZE, SIZE), timestep), {"class_labels": labels(batch, self.classes)}
 
 
-def task(name: str, steps: int) -> Task:
-    """The reference denoiser ``name`` ("unet" or "dit") with its DDIM scheduler at ``steps`` steps."""
-    denoiser, scheduler = load(name)
+def task(name: str, steps: int, solver: str = "DDIM") -> Task:
+    """The reference denoiser ``name`` ("unet" or "dit") with a scheduler of ``SOLVERS`` at ``steps`` steps."""
+    return with_solver(load(name), name, steps, solver)
+
+
+def with_solver(loaded: tuple[Any, Any], name: str, steps: int, solver: str) -> Task:
+    """The same for what ``benchmarks.reference.load`` returned."""
+    denoiser, own = loaded
+    kind, changes = SOLVERS[solver]
+    scheduler = kind.from_config(own.config, **changes)
     scheduler.set_timesteps(steps)
     classes = len(CLASSES) if name == "dit" else None
-    return Task(name, denoiser, scheduler, tuple(int(t) for t in scheduler.timesteps), classes)
+    timesteps = tuple(int(t) for t in scheduler.timesteps)
+    return Task(name, denoiser, scheduler, timesteps, classes, 1.0 if solver.endswith("eta 1") else 0.0)
 
 
 def noise(batch: int, seed: int) -> Tensor:
@@ -52,14 +70,17 @@ def labels(batch: int, classes: int) -> Tensor:
 @torch.no_grad()
 def sample(t: Task, denoiser: Callable[..., Any], start: Tensor) -> Tensor:
     """Pictures [batch, 3, 32, 32] in 0..1 from the noise ``start``, by the task's scheduler and ``denoiser``."""
+    t.scheduler.set_timesteps(len(t.timesteps))  # multistep solvers keep state of the last run
     x = start * t.scheduler.init_noise_sigma
     extra = {} if t.classes is None else {"class_labels": labels(len(x), t.classes)}
+    # What a stochastic sampler draws is the same for every denoiser.
+    drawn = {"eta": t.eta, "generator": torch.Generator().manual_seed(0)} if t.eta else {}
     for timestep in t.scheduler.timesteps:
         model_input = t.scheduler.scale_model_input(x, timestep)
         # The UNet takes one timestep for all pictures, the DiT one for each.
         given = timestep if t.classes is None else timestep.expand(len(x))
         predicted = denoiser(model_input, given, return_dict=False, **extra)[0]
-        x = t.scheduler.step(predicted, timestep, x, return_dict=False)[0]
+        x = t.scheduler.step(predicted, timestep, x, return_dict=False, **drawn)[0]
     return (x / 2 + 0.5).clamp(0, 1)
 
 

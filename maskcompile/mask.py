@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from math import isfinite
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from maskcompile.files import write_whole
 from passes.capture import Capture
 from passes.reuse import RULES
 
@@ -231,17 +231,7 @@ class Mask:
             **({"log_snr": list(self.log_snr)} if self.log_snr is not None else {}),
             "compute": ["".join("1" if c else "0" for c in row) for row in self.compute],
         }
-        text = json.dumps(document, indent=1) + "\n"
-        target = Path(path)
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(partial, 0o644)
-            os.replace(partial, target)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_whole(path, json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Mask:
