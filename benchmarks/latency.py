@@ -1,8 +1,10 @@
 """Speed beside ``torch.compile``, as ratios within one run: ``python -m benchmarks.latency``.
 
-For each reference denoiser: eager, ``torch.compile`` of the original, the all-ones mask, and published masks, all compiled
-alike, one whole sampling run's denoiser calls each, interleaved. The realised share is (speed-up over the compiled original) /
-(MACs before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added.
+For each reference denoiser: eager, ``torch.compile`` of the original, the all-ones mask, and published masks under both reuse
+rules, all compiled alike, one whole sampling run's denoiser calls each, interleaved; for the DiT also diffusers' TaylorSeer
+hook, which cannot be compiled whole and runs as it is. The realised share is (speed-up over the compiled original) / (MACs
+before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added. What the linear rule
+costs is the time that it adds to a step, as a share of a step of the compiled original.
 """
 
 from __future__ import annotations
@@ -17,31 +19,25 @@ from typing import Any
 import torch
 
 import maskcompile as mc
+from benchmarks import taylorseer
+from benchmarks.masks import choices
+from benchmarks.reference import load
 from benchmarks.sampling import Task, task
-from benchmarks.timing import hardware, interleaved, ratio
+from benchmarks.timing import difference, hardware, interleaved, ratio
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def masks_of(name: str, program: mc.Program, timesteps: tuple[int, ...]) -> dict[str, mc.Mask]:
-    """The masks to time, the all-ones mask first."""
-    masks = {"all ones": mc.Mask.full(program.names, timesteps)}
-    if name == "unet":
-        masks |= {f"deepcache(interval={n})": mc.schedules.deepcache(program, timesteps, n) for n in (2, 3, 5)}
-    else:
-        masks |= {f"uniform(interval={n})": mc.schedules.uniform(program, timesteps, n) for n in (2, 3)}
-    return masks
-
-
-def run_of(t: Task, denoiser: Callable[..., Any], batch: int) -> Callable[[], None]:
-    """The denoiser calls of one sampling run, without the scheduler's arithmetic."""
+def run_of(t: Task, denoiser: Callable[..., Any], batch: int, restart: Callable[[Any], None]) -> Callable[[], None]:
+    """The denoiser calls of one sampling run, without the scheduler's arithmetic, after ``restart(denoiser)``."""
     args, kwargs = t.inputs(batch)
     kwargs["return_dict"] = False
     steps = [torch.full_like(args[1], step) for step in t.timesteps]
 
     @torch.no_grad()
     def run() -> None:
+        restart(denoiser)
         for step in steps:
             denoiser(args[0], step, **kwargs)
 
@@ -52,16 +48,23 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
     t = task(name, steps)
     args, kwargs = t.inputs(batch)
     program = mc.trace(t.denoiser, *args, **kwargs, return_dict=False)
-    masks = masks_of(name, program, t.timesteps)
+    chosen = choices(name, rules=("hold", "linear"))
+    masks = {"all ones": mc.Mask.full(program.names, t.timesteps)}
+    masks |= {f"{choice.label}, {choice.reuse}": choice.mask(program, t) for choice in chosen}
     variants = {"eager": t.denoiser, "torch.compile": torch.compile(t.denoiser, fullgraph=True, dynamic=False, backend=backend)}
     for label, mask in masks.items():
         variants[label] = mc.optimize(t.denoiser, mask, backend=backend)
-    runs = {label: run_of(t, denoiser, batch) for label, denoiser in variants.items()}
+    runs = {label: run_of(t, denoiser, batch, lambda denoiser: None) for label, denoiser in variants.items()}
+    if name == "dit":
+        for interval in (2, 3, 4):
+            hooked = taylorseer.hooked(load(name)[0], interval, 1)
+            runs[f"TaylorSeer hook(interval={interval})"] = run_of(t, hooked, batch, taylorseer.restart)
     times = interleaved(runs, repeats)
     rows = []
     for label, timing in times.items():
-        share = mc.cost(program, masks[label]).share if label in masks else 1.0
+        share = mc.cost(program, masks[label]).share if label in masks else None
         speedup = ratio(times["torch.compile"], timing)
+        held = times.get(label.replace(", linear", ", hold")) if label.endswith(", linear") else None
         rows.append(
             {
                 "denoiser": name,
@@ -72,6 +75,7 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
                 "over_eager": ratio(times["eager"], timing),
                 "over_compiled": speedup,
                 "realised_share": speedup * share if label in masks else None,
+                "rule_cost": difference(timing, held, times["torch.compile"]) if held else None,
             }
         )
     return rows
@@ -79,23 +83,26 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| denoiser | variant | MACs kept | ms a step | spread | over eager | over torch.compile | realised share |",
-        "|" + "---|" * 8,
+        "| denoiser | variant | MACs kept | ms a step | spread | over eager | over torch.compile | realised share "
+        "| the rule costs |",
+        "|" + "---|" * 9,
     ]
     for r in rows:
+        share = "" if r["share"] is None else f"{r['share']:.1%}"
         realised = "" if r["realised_share"] is None else f"{r['realised_share']:.3f}"
+        cost = "" if r["rule_cost"] is None else f"{r['rule_cost']:+.1%}"
         lines.append(
-            f"| {r['denoiser']} | {r['variant']} | {r['share']:.1%} | {r['ms_a_step']:.1f} | {r['spread']:.0%} "
-            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {realised} |"
+            f"| {r['denoiser']} | {r['variant']} | {share} | {r['ms_a_step']:.1f} | {r['spread']:.0%} "
+            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {realised} | {cost} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--denoisers", nargs="+", default=["unet", "dit"])
     parser.add_argument("--out", type=Path, default=RESULTS)

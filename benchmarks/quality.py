@@ -23,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, TaylorSeerCacheConfig, apply_taylorseer_cache
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 import maskcompile as mc
-from benchmarks import quality_report
+from benchmarks import quality_report, taylorseer
 from benchmarks.masks import Choice, choices
 from benchmarks.reference import load
 from benchmarks.reference.classifier import load_features
@@ -135,7 +133,7 @@ class Samplers:
         denoiser: Callable[..., Any]
         if trial.hook is not None:
             assert trial.choice is not None
-            denoiser = taylorseer(load(trial.denoiser)[0], trial.choice.interval, trial.hook)
+            denoiser = taylorseer.hooked(load(trial.denoiser)[0], trial.choice.interval, trial.hook)
         else:
             program = self.programs[trial.denoiser]
             unmasked = mc.Mask.full(program.names, t.timesteps)
@@ -143,8 +141,7 @@ class Samplers:
             denoiser.set_mask(trial.choice.mask(program, t) if trial.choice else unmasked)
         for start in range(0, count, self.batch):
             if trial.hook is not None:
-                HookRegistry.check_if_exists_or_initialize(denoiser).reset_stateful_hooks()
-                _set_cache_context(denoiser, CacheContext("run"))
+                taylorseer.restart(denoiser)
             yield sample(t, denoiser, noise(self.batch, SEED + start))
 
     def unmasked(self, name: str, steps: int, solver: str, count: int) -> Tensor:
@@ -160,30 +157,10 @@ class Samplers:
             return trial.steps / trial.reference
         t, program = self.task(trial.denoiser, trial.steps, trial.solver), self.programs[trial.denoiser]
         if trial.hook is not None:
-            full = sum(taylorseer_computes(step, trial.choice.interval) for step in range(trial.steps))
+            full = sum(taylorseer.computes(step, trial.choice.interval) for step in range(trial.steps))
             floor = program.slots.macs_of(program.slots.reach(frozenset(program.slots.size), frozenset())[0]) / program.macs
             return (full + (trial.steps - full) * floor) / trial.steps
         return mc.cost(program, trial.choice.mask(program, t)).share
-
-
-def taylorseer(denoiser: Any, interval: int, order: int) -> Any:
-    """The denoiser with diffusers' TaylorSeer hook on the same blocks as the masks, in float32; its other settings as they are.
-
-    DiTTransformer2DModel has no ``enable_cache``, and the hook's own patterns match none of its modules.
-    """
-    config = TaylorSeerCacheConfig(
-        cache_interval=interval,
-        max_order=order,
-        taylor_factors_dtype=torch.float32,
-        cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|ff)"],
-    )
-    apply_taylorseer_cache(denoiser, config)
-    return denoiser
-
-
-def taylorseer_computes(step: int, interval: int) -> bool:
-    """Whether the hook computes at a step, with its default of three full steps before it starts."""
-    return step < 3 or (step - 4) % interval == 0
 
 
 def measure(trial: Trial, samplers: Samplers, frechet: Callable[[str], FrechetInceptionDistance], few: int, many: int) -> Any:

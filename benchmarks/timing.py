@@ -49,6 +49,12 @@ def ratio(baseline: Timing, ours: Timing) -> float:
     return median(b / o for b, o in zip(baseline.seconds, ours.seconds, strict=True))
 
 
+def difference(ours: Timing, other: Timing, baseline: Timing) -> float:
+    """How much longer ours takes than the other, as a share of the baseline: the median over the rounds."""
+    rounds = zip(ours.seconds, other.seconds, baseline.seconds, strict=True)
+    return median((a - b) / c for a, b, c in rounds)
+
+
 def hardware() -> str:
     """Processor or GPU, threads and versions, for the line beside every figure."""
     if torch.cuda.is_available():
