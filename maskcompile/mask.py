@@ -257,6 +257,8 @@ class Mask:
         reuse = document.get("reuse", "hold")
         if not isinstance(reuse, str) and not (isinstance(reuse, list) and all(isinstance(rule, str) for rule in reuse)):
             raise MaskError(f"{path}: 'reuse' must be a rule, or a list of rules.")
+        if not isinstance(document.get("log_snr"), list | None):
+            raise MaskError(f"{path}: 'log_snr' must be a list of numbers.")
         for step, row in enumerate(rows):
             if not isinstance(row, str) or len(row) != len(blocks) or set(row) - {"0", "1"}:
                 raise MaskError(f"{path}: row {step} of 'compute' must be a string of {len(blocks)} characters 0 or 1.")

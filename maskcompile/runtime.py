@@ -330,7 +330,8 @@ class OptimizedDenoiser(nn.Module):
             examples: dict[Slot, Tensor] = {}  # a slot is stored before it is read
             for key, plan in tqdm(first.items(), desc="compiling graphs", delay=2, leave=False, disable=None):
                 graph = self._graph(captured, key)
-                cached = [examples[version.slot] for version in plan.inputs]
+                # Tensors of their own, as in a run: torch.compile specialises on inputs that are the same tensor.
+                cached = [examples[version.slot].clone() for version in plan.inputs]
                 outputs = graph(call.tensors, cached, _coefficients(captured, graph, plan))
                 examples.update(zip(key.stores, outputs[graph.results :], strict=True))
 

@@ -63,7 +63,7 @@ class Chain(nn.Module):
         self.settings = {"b": {"scale": 1.0}}
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        time = timestep.float().reshape(-1, 1) / 1000
+        time = (timestep.float().reshape(-1, 1) / 1000).to(sample.dtype)
         a = self.a(sample, time)
         return self.c(self.b(a, time) * self.settings["b"]["scale"] + a, time) * self.gain
 

@@ -47,6 +47,31 @@ def test_files_round_trip(tmp_path_factory, compute, provenance, rising):
     document = json.loads(path.read_text())
     assert document["compute"] == ["".join("01"[int(c)] for c in row) for row in compute]
     assert document["version"] == 1
+    assert not {"reuse", "log_snr"} & set(document)
+
+
+@given(st.data())
+def test_files_round_trip_with_reuse_rules(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("masks") / "mask.json"
+    reuse = data.draw(
+        st.sampled_from(["hold", "linear"]) | st.lists(st.sampled_from(["hold", "linear"]), min_size=2, max_size=2)
+    )
+    log_snr = data.draw(st.sampled_from([None, [-3.25, 0.1]]))
+    mask = example(reuse=reuse, log_snr=log_snr)
+    mask.save(path)
+    loaded = mc.Mask.load(path)
+    assert loaded == mask
+    assert loaded.reuse == ((reuse, reuse) if isinstance(reuse, str) else tuple(reuse))
+    assert loaded.log_snr == (None if log_snr is None else (-3.25, 0.1))
+    # Whoever knows version 1 alone must refuse a file whose rules it would ignore.
+    plain = log_snr is None and set(mask.reuse) == {"hold"}
+    assert json.loads(path.read_text())["version"] == (1 if plain else 2)
+
+
+def test_files_that_say_nothing_hold(tmp_path):
+    path = tmp_path / "mask.json"
+    path.write_text('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [2, 1], "compute": ["1", "0"]}')
+    assert mc.Mask.load(path).reuse == ("hold",)
 
 
 def test_join_full_and_equality():
@@ -55,14 +80,22 @@ def test_join_full_and_equality():
     assert example() == example(provenance={"seed": 1})
     assert example() != other
     assert len({example(), example(), other}) == 2
-    with pytest.raises(mc.MaskError, match="same blocks"):
-        example() | example(blocks=["a", "c"])
+    for changes in ({"blocks": ["a", "c"]}, {"reuse": "linear"}, {"log_snr": [0, 1]}):
+        assert example() != example(**changes)
+        with pytest.raises(mc.MaskError, match="same blocks, timesteps, reuse rules and log-SNR"):
+            example() | example(**changes)
+    linear = example().replace(reuse="linear", log_snr=[0, 1], seed=3)
+    assert linear == example(reuse=["linear", "linear"], log_snr=[0, 1])
+    assert linear.provenance == {"seed": 3}
+    assert linear.replace(~linear.compute).reuse == ("linear", "linear")
     with pytest.raises(ValueError, match="read-only"):
         example().compute[0, 0] = False
 
 
 def test_print_shows_blocks_and_steps():
     assert str(example()).splitlines() == ["Mask(2 steps x 2 blocks, 75% computed)", "a  #.", "b  ##"]
+    linear = example(compute=np.array([[True, True], [False, False]]), reuse=["linear", "hold"])
+    assert str(linear).splitlines() == ["Mask(2 steps x 2 blocks, 50% computed, reuse hold and linear)", "a  #-", "b  #."]
 
 
 def test_scheduler_tensors_are_timesteps():
@@ -82,6 +115,11 @@ def test_scheduler_tensors_are_timesteps():
         ({"compute": np.ones((0, 2), bool), "timesteps": []}, "at least one timestep"),
         ({"timesteps": ["a", "b"]}, "timesteps are numbers; got 'a'"),
         ({"timesteps": [float("nan"), 1]}, "timesteps are numbers; got nan"),
+        ({"reuse": "cubic"}, "a reuse rule is one of 'hold', 'linear'; got 'cubic'"),
+        ({"reuse": ["hold"]}, "one for each of the 2; got 1"),
+        ({"log_snr": [1, 0]}, "each of the 2 steps, each larger than the one before"),
+        ({"log_snr": [1]}, "each of the 2 steps"),
+        ({"log_snr": [float("-inf"), 1]}, "log_snr are numbers; got -inf"),
     ],
 )
 def test_wrong_masks_say_what_is_wrong(changes, message):
@@ -103,6 +141,14 @@ def test_wrong_masks_say_what_is_wrong(changes, message):
             "followed by",
         ),
         ('{"format": "maskcompile mask", "version": 1, "blocks": [1], "timesteps": [1], "compute": ["1"]}', "must be a string"),
+        (
+            '{"format": "maskcompile mask", "version": 2, "blocks": ["a"], "timesteps": [1], "compute": ["1"], "reuse": 7}',
+            "'reuse' must be a rule, or a list of rules",
+        ),
+        (
+            '{"format": "maskcompile mask", "version": 2, "blocks": ["a"], "timesteps": [1], "compute": ["1"], "log_snr": 7}',
+            "log_snr",
+        ),
         ("\x00\xff", "not a whole JSON file"),
     ],
 )

@@ -84,6 +84,22 @@ def test_uniform_computes_every_nth_step():
         mc.schedules.uniform(program, [1], 0)
 
 
+def test_warm_up_steps_come_before_the_intervals():
+    dit, unet = trace("dit"), trace("unet2d")
+    timesteps = range(12, 0, -1)
+    log_snr = [float(i) for i in range(12)]
+    mask = mc.schedules.uniform(dit, timesteps, 3, warmup=4, reuse="linear", log_snr=log_snr)
+    assert [step for step, row in enumerate(mask.compute) if row.all()] == [0, 1, 2, 3, 6, 9]
+    assert set(mask.reuse) == {"linear"}
+    assert mask.log_snr == tuple(log_snr)
+    assert mask.provenance["warmup"] == 4
+    deep = mc.schedules.deepcache(unet, timesteps, 3, warmup=4)
+    assert [step for step, row in enumerate(deep.compute) if row.all()] == [0, 1, 2, 3, 6, 9]
+    assert set(deep.reuse) == {"hold"}
+    with pytest.raises(mc.MaskError, match="warmup must be at least 1"):
+        mc.schedules.uniform(dit, timesteps, 3, warmup=0)
+
+
 def test_deepcache_keeps_the_shallow_path():
     """Levels by hand: the outermost skip joins the last resnet, the next one the two beside it, and so on."""
     program = trace("unet2d")

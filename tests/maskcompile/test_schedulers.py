@@ -1,0 +1,64 @@
+"""The log-SNR of diffusers' schedulers, against the noise that they themselves add."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import maskcompile as mc
+
+
+def added(scheduler, timestep):
+    """log(alpha^2 / sigma^2) from what the scheduler makes of a one without noise and of noise alone."""
+    one, none, at = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), timestep.reshape(1)
+    add = getattr(scheduler, "add_noise", None) or (lambda x, noise, t: scheduler.scale_noise(x, t, noise))
+    alpha, sigma = add(one, none, at).item(), add(none, one, at).item()
+    return 2 * np.log(max(alpha, 1e-4) / max(sigma, 1e-4))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DDPMScheduler", {}),
+        ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}),
+        ("DDIMScheduler", {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1}),
+        ("DPMSolverMultistepScheduler", {"beta_schedule": "scaled_linear"}),
+        ("UniPCMultistepScheduler", {}),
+        ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear"}),
+        ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear", "use_karras_sigmas": True}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ],
+)
+def test_it_is_the_noise_that_is_added(name, options):
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(12)
+    ours = np.array(mc.log_snr(scheduler))
+    theirs = np.array([added(scheduler, t) for t in scheduler.timesteps])
+    assert np.all(np.diff(ours) > 0)
+    middle = np.abs(theirs) < 12
+    assert middle.sum() >= 10
+    assert np.allclose(ours[middle], theirs[middle], atol=0.05)
+
+
+def test_repeated_and_chosen_timesteps():
+    scheduler = diffusers.HeunDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    assert len(mc.log_snr(scheduler)) == 6 < len(scheduler.timesteps)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    assert mc.log_snr(scheduler, scheduler.timesteps[2:]) == mc.log_snr(scheduler)[2:]
+    with pytest.raises(ValueError, match="no timestep 123"):
+        mc.log_snr(scheduler, [123])
+
+
+def test_a_scheduler_without_a_noise_schedule_is_named():
+    class Bare:
+        timesteps = torch.arange(3)
+
+    with pytest.raises(ValueError, match="Bare has neither alphas_cumprod nor sigmas"):
+        mc.log_snr(Bare())
