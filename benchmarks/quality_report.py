@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.masks import choices
 from maskcompile.files import write_whole
 
 Row = dict[str, Any]
@@ -88,11 +89,13 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def main_rows(rows: list[Row]) -> list[Row]:
-    """Masks of the schedule grid under *hold*: one for each schedule, denoiser and step count."""
-    linear = {(r["denoiser"], r["reference"], r["mask"]) for r in rows if r["rule"] == "linear by step"}
-    held = [r for r in pick(rows, solver="DDIM", rule="hold") if (r["denoiser"], r["reference"], r["mask"]) in linear]
-    order = {"unet": 0, "dit": 1}
-    return sorted(held, key=lambda r: (order[r["denoiser"]], r["reference"], -r["share"]))
+    """Masks of the grid of schedules under *hold*: one for each schedule, number of warm-up steps, denoiser and step count."""
+    grid = {(name, choice.label) for name in NAMES for choice in choices(name)}
+    counts = {(r["denoiser"], r["reference"]) for r in rows if r["mask"] is None and r["steps"] != r["reference"]}
+    held = [r for r in pick(rows, solver="DDIM", rule="hold") if (r["denoiser"], r["mask"]) in grid]
+    held = [r for r in held if (r["denoiser"], r["reference"]) in counts]
+    order = list(NAMES)
+    return sorted(held, key=lambda r: (order.index(r["denoiser"]), r["reference"], -r["share"]))
 
 
 def rule_table(rows: list[Row]) -> str:
