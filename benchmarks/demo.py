@@ -20,17 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import maskcompile as mc
+from benchmarks.masks import Choice
 from benchmarks.reference.dataset import CLASSES
 from benchmarks.sampling import Task, noise, psnr, sample, task
 from benchmarks.timing import hardware, interleaved, ratio
 from maskcompile import draw
 from maskcompile.files import write_whole
 
-#: denoiser -> its published schedule
-SCHEDULES = {
-    "unet": ("deepcache(interval=3)", lambda program, timesteps: mc.schedules.deepcache(program, timesteps, interval=3)),
-    "dit": ("uniform(interval=2)", lambda program, timesteps: mc.schedules.uniform(program, timesteps, interval=2)),
-}
+#: denoiser -> its published schedule; both reuse by linear extrapolation
+SCHEDULES = {"unet": Choice("deepcache", 3, reuse="linear"), "dit": Choice("uniform", 2, reuse="linear")}
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,9 @@ def demonstrate(name: str, steps: int, batch: int, repeats: int, backend: str, o
 
     program = mc.trace(t.denoiser, *args, **kwargs)
     print(f"\n{program}\n")
-    label, schedule = SCHEDULES[name]
-    mask = mc.rectify(schedule(program, t.timesteps), program)
+    choice = SCHEDULES[name]
+    label = f"{choice.label}, {choice.reuse}"
+    mask = mc.rectify(choice.mask(program, t), program)
     mask.save(out / f"{name}_mask.json")
     draw.mask_heat_map(mask, out / f"{name}_mask.png", f"{label} on {program.denoiser}")
     draw.block_graph(program, out / f"{name}_blocks.png")

@@ -1,10 +1,11 @@
 """What masks do to pictures: ``python -m benchmarks.quality``. Goes on where it was stopped; ``--fresh`` starts over.
 
 Schedules x reuse rules x step counts on both reference denoisers, beside fewer steps, better solvers at fewer steps, and
-diffusers' own TaylorSeer hook on the DiT. Every result compares pictures from the same noise:
+diffusers' own TaylorSeer hook on the DiT. Every result compares pictures from the same noise. No solver clips its estimates of
+the picture here: DDIM alone would, by the bundled scheduler, and come to other pictures than the others.
 
 * PSNR and SSIM of the final pictures to those of the unmasked sampler with the same steps;
-* PSNR to the "limit": the pictures of DPM++ 2M at 200 steps, which the sampler would reach with ever more steps;
+* PSNR to the "limit": the pictures of DPM++ 2M at 200 steps, which the deterministic samplers come to with ever more steps;
 * Frechet distance of at least 2,000 pictures to the training pictures, in the features of ``benchmarks.reference.classifier``
   (or Inception's, ``--inception weights.pth`` of torch-fidelity).
 
@@ -19,6 +20,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tqdm import tqdm
 import maskcompile as mc
 from benchmarks import quality_report, taylorseer
 from benchmarks.masks import Choice, choices
-from benchmarks.reference import load
+from benchmarks.reference import HERE, load
 from benchmarks.reference.classifier import load_features
 from benchmarks.reference.train import training_pictures
 from benchmarks.sampling import Task, noise, psnr, sample, with_solver
@@ -43,7 +45,7 @@ STEPS = (50, 20, 100)
 BATCH = 48
 #: pictures for PSNR and SSIM, for the Frechet distance, and steps of the limit
 FEW, MANY, LIMIT = 48, 2016, 200
-#: steps of the longest runs whose every rival is looked at
+#: steps of the longest runs in which the variants of the rule, and TaylorSeer, are looked at too
 LONG = 50
 #: noise of the pictures compared; no other benchmark draws these seeds
 SEED = 1_000_000
@@ -69,6 +71,14 @@ class Trial:
         return json.dumps(asdict(self))
 
 
+def fewer_steps(total: int) -> list[int]:
+    """Step counts to compare with a run of ``total``, down to 0.4 of it.
+
+    They divide 1000: where they do not, DDIMScheduler places its steps inconsistently, and would be too easy a rival.
+    """
+    return [steps for steps in range(total - 1, 0, -1) if 1000 % steps == 0 and steps >= 0.4 * total]
+
+
 def trials(denoisers: list[str], steps: tuple[int, ...]) -> Iterator[Trial]:
     """All of them, what matters most first; first PSNR and SSIM, then the Frechet distances."""
     for total in steps:
@@ -76,10 +86,9 @@ def trials(denoisers: list[str], steps: tuple[int, ...]) -> Iterator[Trial]:
             yield Trial(name, total, total)
             for choice in choices(name):
                 yield Trial(name, total, total, choice=choice)
-            # Of the long runs, which take the most time, the rule alone is looked at, beside fewer steps.
-            for share in (0.75, 0.6, 0.5, 0.4, 0.3):
-                for solver in ("DDIM", "DPM++ 2M", "UniPC") if total <= LONG else ("DDIM",):
-                    yield Trial(name, total, round(share * total), solver)
+            for fewer in fewer_steps(total):
+                for solver in ("DDIM", "DPM++ 2M", "UniPC"):
+                    yield Trial(name, total, fewer, solver)
             if total > LONG:
                 continue
             for choice in choices(name, rules=("linear by step",)):
@@ -90,6 +99,8 @@ def trials(denoisers: list[str], steps: tuple[int, ...]) -> Iterator[Trial]:
                         yield Trial(name, total, total, choice=Choice("uniform", interval), hook=order)
     for name in denoisers:  # where extrapolation is hard: few steps, large gaps, a sampler that adds noise, another solver
         schedule = choices(name)[0].schedule
+        for total in (20, 50):
+            yield Trial(name, total, total, "DPM++ 2M")
         for rule in ("hold", "linear"):
             for warmup in (1, 2, 4):
                 yield Trial(name, 10, 10, choice=Choice(schedule, 2, warmup, rule))
@@ -105,9 +116,9 @@ def trials(denoisers: list[str], steps: tuple[int, ...]) -> Iterator[Trial]:
             yield Trial(name, total, total, frechet=True)
             for choice in choices(name, (4,)):
                 yield Trial(name, total, total, choice=choice, frechet=True)
-            for share in (0.6, 0.4):
+            for fewer in fewer_steps(total):
                 for solver in ("DDIM", "DPM++ 2M"):
-                    yield Trial(name, total, round(share * total), solver, frechet=True)
+                    yield Trial(name, total, fewer, solver, frechet=True)
             for choice in choices(name, (1,)):
                 yield Trial(name, total, total, choice=choice, frechet=True)
 
@@ -125,12 +136,12 @@ class Samplers:
     def task(self, name: str, steps: int, solver: str) -> Task:
         if name not in self.loaded:
             self.loaded[name] = load(name)
-            t = with_solver(self.loaded[name], name, steps, solver)
+            t = with_solver(self.loaded[name], name, steps, solver, clip=False)
             args, kwargs = t.inputs(self.batch)
             self.programs[name] = mc.trace(t.denoiser, *args, **kwargs, return_dict=False)
             full = mc.Mask.full(self.programs[name].names, t.timesteps)
             self.fast[name] = mc.optimize(t.denoiser, full, backend=self.backend)
-        return with_solver(self.loaded[name], name, steps, solver)
+        return with_solver(self.loaded[name], name, steps, solver, clip=False)
 
     def draw(self, trial: Trial, count: int) -> Iterator[Tensor]:
         """Pictures of the trial, a batch at a time."""
@@ -173,7 +184,7 @@ def measure(trial: Trial, samplers: Samplers, frechet: Callable[[str], FrechetIn
     if trial.frechet:
         metric = frechet(trial.denoiser)
         for batch in tqdm(samplers.draw(trial, many), total=many // samplers.batch, leave=False, disable=None):
-            metric.update(batch, real=False)
+            metric.update(to_bytes(batch), real=False)
         return {"frechet": metric.compute().item()}
     solver = trial.solver if trial.choice else "DDIM"
     pictures = torch.cat(list(samplers.draw(trial, few)))
@@ -188,6 +199,11 @@ def measure(trial: Trial, samplers: Samplers, frechet: Callable[[str], FrechetIn
     return result
 
 
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Pictures in 0..1 as uint8: torchmetrics does not convert them for a feature module of one's own."""
+    return (pictures * 255).round().to(torch.uint8)
+
+
 def frechet_metrics(inception: Path | None, many: int) -> Callable[[str], FrechetInceptionDistance]:
     """name -> a metric that has seen ``many`` training pictures of the denoiser, classes evenly."""
     seen: dict[str, FrechetInceptionDistance] = {}
@@ -196,17 +212,22 @@ def frechet_metrics(inception: Path | None, many: int) -> Callable[[str], Freche
         if name not in seen:
             feature = {"feature": 2048, "feature_extractor_weights_path": str(inception)} if inception else None
             options = feature or {"feature": load_features(), "input_img_size": (3, 32, 32)}
-            seen[name] = FrechetInceptionDistance(**options, normalize=True, reset_real_features=False)
+            seen[name] = FrechetInceptionDistance(**options, reset_real_features=False)
             pictures, labels = training_pictures(name)
             for label in labels.unique():
                 own = pictures[labels == label] / 2 + 0.5
                 index = torch.arange(many // len(labels.unique())) % len(own)
                 for part in index.split(256):
-                    seen[name].update(own[part], real=True)
+                    seen[name].update(to_bytes(own[part]), real=True)
         seen[name].reset()
         return seen[name]
 
     return metric
+
+
+def weights_hash(name: str) -> str:
+    """Of a reference denoiser's checkpoint, so that results of two do not mix."""
+    return sha256((HERE / name / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -223,21 +244,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="only write quality.md and the plot from what there is")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.pictures % options.batch or options.frechet % options.batch:
+        parser.error("--pictures and --frechet are multiples of --batch.")
     warnings.filterwarnings("ignore", module="torch")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "quality.json"
     features = "Inception" if options.inception else "classifier"
     document: dict[str, Any] = {
-        "setting": f"batch {options.batch}, float32, backend {options.backend}; {hardware()}.",
+        "setting": f"Batch {options.batch}, float32, backend {options.backend}; {hardware()}.",
         "pictures": options.pictures,
         "frechet_pictures": options.frechet,
         "features": features,
+        "limit": LIMIT,
+        "weights": {name: weights_hash(name) for name in options.denoisers},
         "rows": [],
     }
     if path.exists() and not options.fresh:
         known = json.loads(path.read_text())
-        settings = ("pictures", "frechet_pictures", "features")
-        if not options.report and any(known[name] != document[name] for name in settings):
+        if not options.report and any(known.get(name) != value for name, value in document.items() if name != "rows"):
             raise SystemExit(f"{path} was made with other settings; give --fresh or another --out.")
         document = known
     if not options.report:

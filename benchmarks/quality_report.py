@@ -57,6 +57,10 @@ def report(document: Row, rows: list[Row], speed: dict[tuple[str, str], float]) 
         "## Fewer steps and better solvers",
         "The best mask that keeps no more of the MACs than the sampler beside it.",
         rival_table(rows),
+        "## On the way to the limit",
+        "A better solver comes nearer to the limit than any mask on DDIM; masks on that solver go on from there. Work: MACs "
+        "in steps of the unmasked denoiser.",
+        limit_table(rows),
         "## TaylorSeer's own hook",
         "On the DiT's attention and feed-forward blocks, three full steps at the start, float32, beside masks of the same "
         "interval. The hook runs in eager mode: it cannot be compiled whole.",
@@ -166,6 +170,19 @@ def rival_table(rows: list[Row]) -> str:
     columns = "mask / DDIM / DPM++ 2M / UniPC"
     head = ["denoiser", "steps", "MACs at most", "rivals with", "the mask", f"PSNR: {columns}", f"PSNR to the limit: {columns}"]
     return table([*head, f"Frechet: {columns}"], lines)
+
+
+def limit_table(rows: list[Row]) -> str:
+    lines = []
+    for name in NAMES:
+        found = [r for r in pick(rows, denoiser=name) if "psnr_limit" in r and r["solver"] in ("DDIM", "DPM++ 2M")]
+        found = [r for r in found if r["rule"] in (None, "hold", "linear") and (r["rule"] is None or r["solver"] != "DDIM")]
+        found = {(r["solver"], r["steps"], r["mask"], r["rule"]): r for r in found}.values()
+        for r in sorted(found, key=lambda r: r["share"] * r["reference"]):
+            sampler = f"{r['solver']}, {r['steps']} steps"
+            mask = f"{r['mask']}, {r['rule']}" if r["mask"] else ""
+            lines.append([NAMES[name], f"{r['share'] * r['reference']:.1f}", sampler, mask, f"{r['psnr_limit']:.1f}"])
+    return table(["denoiser", "work", "sampler", "mask", "PSNR to the limit"], lines)
 
 
 def hook_table(rows: list[Row]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.reference import load
 from benchmarks.reference.dataset import CLASSES, SIZE
 
-#: solver -> diffusers' scheduler and what its configuration gets
+#: solver -> diffusers' scheduler and what its configuration gets; see ``with_solver``
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDIM": (DDIMScheduler, {}),
     "DDIM, eta 1": (DDIMScheduler, {}),
@@ -46,11 +46,15 @@ def task(name: str, steps: int, solver: str = "DDIM") -> Task:
     return with_solver(load(name), name, steps, solver)
 
 
-def with_solver(loaded: tuple[Any, Any], name: str, steps: int, solver: str) -> Task:
-    """The same for what ``benchmarks.reference.load`` returned."""
+def with_solver(loaded: tuple[Any, Any], name: str, steps: int, solver: str, clip: bool = True) -> Task:
+    """The same for what ``benchmarks.reference.load`` returned.
+
+    clip: whether DDIM clips its estimate of the picture to -1..1, as the bundled scheduler does. The other solvers never clip,
+    and so come to other pictures than it: to compare solvers, clip nowhere.
+    """
     denoiser, own = loaded
     kind, changes = SOLVERS[solver]
-    scheduler = kind.from_config(own.config, **changes)
+    scheduler = kind.from_config(own.config, **changes, **({"clip_sample": clip} if kind is DDIMScheduler else {}))
     scheduler.set_timesteps(steps)
     classes = len(CLASSES) if name == "dit" else None
     timesteps = tuple(int(t) for t in scheduler.timesteps)

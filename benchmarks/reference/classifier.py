@@ -36,6 +36,7 @@ class Features(nn.Module):
         self.layers.extend([nn.Flatten(), nn.Linear(96 * 4 * 4, FEATURES), nn.LayerNorm(FEATURES)])
 
     def forward(self, pictures: Tensor) -> Tensor:
+        assert pictures.dtype == torch.uint8 or pictures.max() > 1, "pictures are in 0..255"
         features: Tensor = self.layers(pictures.float() / 127.5 - 1)
         return features
 

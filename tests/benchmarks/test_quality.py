@@ -9,8 +9,9 @@ import torch
 
 from benchmarks import quality, quality_report, taylorseer
 from benchmarks.masks import Choice, choices
+from benchmarks.reference import load
 from benchmarks.reference.classifier import Features, augment, load_features, train
-from benchmarks.sampling import noise, psnr, sample, task
+from benchmarks.sampling import noise, psnr, sample, task, with_solver
 from tests.executor import Executor
 
 SMALL = ["--denoisers", "dit", "--steps", "5", "--pictures", "6", "--batch", "6", "--frechet", "12", "--backend", "eager"]
@@ -27,7 +28,8 @@ def test_quality(tmp_path, monkeypatch, capsys):
     assert {row["key"] for row in rows} == {t.key for t in wanted}
 
     found = {(r["mask"], r["rule"], r["steps"]): r for r in rows if "psnr" in r and r["solver"] == "DDIM"}
-    t = task("dit", 5)
+    loaded = load("dit")
+    t = with_solver(loaded, "dit", 5, "DDIM", clip=False)
     start = noise(6, quality.SEED)
     original = sample(t, t.denoiser, start)
     blocks = [f"transformer_blocks.{i}.{part}" for i in range(8) for part in ("attn1", "ff")]
@@ -36,9 +38,9 @@ def test_quality(tmp_path, monkeypatch, capsys):
         steps = iter(range(5))
         masked = sample(t, lambda *args, e=executor, s=steps, **kwargs: e.step(next(s), *args, **kwargs), start)
         assert found["uniform(interval=2)", rule, 5]["psnr"] == pytest.approx(psnr(masked, original).mean().item(), abs=0.1)
-    fewer = task("dit", 3)
+    fewer = with_solver(loaded, "dit", 4, "DDIM", clip=False)
     expected = psnr(sample(fewer, fewer.denoiser, start), original).mean().item()
-    assert found[None, None, 3]["psnr"] == pytest.approx(expected, abs=0.1)
+    assert found[None, None, 4]["psnr"] == pytest.approx(expected, abs=0.1)
 
     # A second call finds everything done, and other settings do not mix with these.
     monkeypatch.setattr(quality, "measure", None)
@@ -78,6 +80,25 @@ def test_the_report_by_hand(tmp_path):
     assert "| DiT | uniform(interval=3) | 35.0 | 2.50x | 2.20x |" in text
     assert "| DiT | uniform(interval=2) | 47.0 | 1.75x | less than 1.80x |" in text
     assert (tmp_path / "quality.png").stat().st_size > 5000
+
+
+def test_frechet_distances_tell_pictures_from_noise(monkeypatch):
+    """Through the metric as the benchmark makes it, which once saw all pictures as black."""
+    t = with_solver(load("dit"), "dit", 4, "DDIM", clip=False)
+    pictures = sample(t, t.denoiser, noise(48, 5))
+    monkeypatch.setattr(quality, "training_pictures", lambda name: (pictures * 2 - 1, torch.zeros(48, dtype=torch.int64)))
+    metric = quality.frechet_metrics(None, 48)
+
+    def distance(other):
+        found = metric("dit")
+        found.update(quality.to_bytes(other), real=False)
+        return found.compute().item()
+
+    same, near, far = (
+        distance(p) for p in (pictures, (pictures + 0.05 * torch.randn_like(pictures)).clamp(0, 1), torch.rand_like(pictures))
+    )
+    assert abs(same) < 1e-2
+    assert same + 0.01 < near < far / 10
 
 
 def test_choices_are_masks_of_their_schedule():
