@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from types import MappingProxyType
+from types import EllipsisType, MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -58,9 +58,9 @@ class Mask:
     ) -> None:
         array = np.asarray(compute)
         self._blocks = tuple(blocks)
-        self._reuse = (reuse,) * len(self._blocks) if isinstance(reuse, str) else tuple(reuse)
-        self._timesteps = tuple(_number(t, "timesteps") for t in timesteps)
-        self._log_snr = None if log_snr is None else tuple(_number(value, "log_snr") for value in log_snr)
+        self._reuse = (reuse,) * len(self._blocks) if isinstance(reuse, str) else _sequence(reuse, "reuse")
+        self._timesteps = _numbers(timesteps, "timesteps")
+        self._log_snr = None if log_snr is None else _numbers(log_snr, "log_snr")
         self._denoiser = denoiser
         self._block_hash = block_hash
         self._provenance = dict(provenance or {})
@@ -90,8 +90,12 @@ class Mask:
                 "timesteps must be in sampling order without repeats, all falling or all rising; got "
                 f"{self.timesteps[worst]} followed by {self.timesteps[worst + 1]} at step {worst + 1}."
             )
-        if self.log_snr is not None and not (len(self.log_snr) == self.steps and np.all(np.diff(self.log_snr) > 0)):
-            raise MaskError(f"log_snr has one value for each of the {self.steps} steps, each larger than the one before.")
+        if self.log_snr is not None:
+            rises = np.diff(self.log_snr) > 0
+            if len(self.log_snr) != self.steps or (rises.any() and not rises.all()) or 0 in np.diff(self.log_snr):
+                raise MaskError(
+                    f"log_snr has one value for each of the {self.steps} steps, all rising (or all falling, for inversion)."
+                )
         self._compute: NDArray[np.bool_] = array.copy()
         self._compute.setflags(write=False)
 
@@ -162,12 +166,13 @@ class Mask:
         compute: ArrayLike | None = None,
         *,
         reuse: str | Sequence[str] | None = None,
-        log_snr: Iterable[float] | None = None,
+        log_snr: Iterable[float] | EllipsisType | None = ...,
         **provenance: Any,
     ) -> Mask:
-        """The same mask with another ``compute``, ``reuse`` or ``log_snr``; provenance is added to."""
-        changes = {"reuse": reuse, "log_snr": log_snr, "provenance": {**self.provenance, **provenance}}
-        described = self._described() | {name: value for name, value in changes.items() if value is not None}
+        """The same mask with another ``compute``, ``reuse`` or ``log_snr`` (None takes it away); provenance is added to."""
+        described = self._described() | {"provenance": {**self.provenance, **provenance}}
+        described |= {} if reuse is None else {"reuse": reuse}
+        described |= {} if isinstance(log_snr, EllipsisType) else {"log_snr": log_snr}
         return Mask(self.compute if compute is None else compute, **described)
 
     def __eq__(self, other: object) -> bool:
@@ -254,6 +259,8 @@ class Mask:
         blocks, rows = document["blocks"], document["compute"]
         if not all(isinstance(block, str) for block in blocks):
             raise MaskError(f"{path}: every entry of 'blocks' must be a string.")
+        if document["version"] == 1 and {"reuse", "log_snr"} & set(document):
+            raise MaskError(f"{path}: reuse rules and log_snr need mask format version 2; this file says 1.")
         reuse = document.get("reuse", "hold")
         if not isinstance(reuse, str) and not (isinstance(reuse, list) and all(isinstance(rule, str) for rule in reuse)):
             raise MaskError(f"{path}: 'reuse' must be a rule, or a list of rules.")
@@ -314,8 +321,18 @@ def check_blocks(captured: Capture, mask: Mask) -> None:
         )
 
 
+def _sequence(values: Any, what: str) -> tuple[Any, ...]:
+    if not isinstance(values, Iterable):
+        raise MaskError(f"{what} is a sequence; got {values!r}.")
+    return tuple(values)
+
+
+def _numbers(values: Any, what: str) -> tuple[float, ...]:
+    return tuple(_number(value, what) for value in _sequence(values, what))
+
+
 def _number(value: Any, what: str) -> float:
-    number = value.item() if hasattr(value, "item") else value
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not isfinite(number):
-        raise MaskError(f"{what} are numbers; got {value!r}.")
+        raise MaskError(f"{what} are finite numbers; got {value!r}.")
     return number

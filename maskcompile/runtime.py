@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -37,11 +38,13 @@ from passes.specialise import specialise
 class _Graph:
     """A specialised graph, executable.
 
-    coefficients: its last input, fake; None where it takes none. results: how many of its first outputs are the denoiser's.
-    shared: outputs that share memory and are cloned. seconds: of the first call, which compiles. Both known from then on.
+    module: what was compiled. coefficients: its last input, fake; None where it takes none. results: how many of its first
+    outputs are the denoiser's. shared: outputs that share memory and are cloned. seconds: of the first call, which compiles.
+    Both known from then on.
     """
 
     run: Executable
+    module: GraphModule
     coefficients: Tensor | None
     results: int
     shared: frozenset[int] = frozenset()
@@ -54,7 +57,8 @@ class _Graph:
             start = time.perf_counter()
             outputs = self.run(*inputs, *cached, *coefficients)
             self.seconds = time.perf_counter() - start
-            self.shared = _shared(inputs, cached, outputs, self.results)
+            weights = [*self.module.parameters(), *self.module.buffers()]
+            self.shared = _shared([*inputs, *weights], cached, outputs, self.results)
         else:
             outputs = self.run(*inputs, *cached, *coefficients)
         if self.shared:
@@ -65,8 +69,9 @@ class _Graph:
 def _shared(inputs: Sequence[Tensor], cached: Sequence[Tensor], outputs: Sequence[Tensor], results: int) -> frozenset[int]:
     """Outputs to clone, so that what is cached never shares memory with what the caller holds and may change in place.
 
-    Looked at in the tensors of a call rather than in the graph, because a compiler may return an input where the graph
-    computes ``x * 1.0``. A view of a larger tensor is cloned too, or it would keep all of that alive.
+    inputs: the denoiser's, and its weights, which a block may return as they are. Looked at in the tensors of a call rather
+    than in the graph, because a compiler may return an input where the graph computes ``x * 1.0``. A view of a larger tensor is
+    cloned too, or it would keep all of that alive.
     """
 
     def memory(tensor: Tensor) -> int:
@@ -84,21 +89,24 @@ def _shared(inputs: Sequence[Tensor], cached: Sequence[Tensor], outputs: Sequenc
 
 @dataclass
 class _Captured:
-    """A denoiser captured at one input signature, with the graphs made of it so far, and coefficients as they take them."""
+    """A denoiser captured at one input signature, with the graphs made of it so far."""
 
     capture: Capture
     described: str
     seconds: float
     graphs: dict[GraphKey, _Graph] = field(default_factory=dict)
-    coefficients: dict[tuple[torch.dtype, tuple[float, ...]], list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
 class _Schedule:
-    """The plans of a run under the current mask that starts at some step: what to execute at each of its calls."""
+    """The plans of a run under the current mask that starts at some step: what to execute at each of its calls.
+
+    coefficients: as the graphs take them, made once, so that nothing is copied to a device at every step.
+    """
 
     plans: list[Plan]
     graphs: dict[GraphKey, GraphKey]
+    coefficients: dict[tuple[torch.dtype, tuple[float, ...]], list[Tensor]] = field(default_factory=dict)
 
 
 class OptimizedDenoiser(nn.Module):
@@ -205,7 +213,7 @@ class OptimizedDenoiser(nn.Module):
             captured = self._captures[call.key]
             graph = self._graph(captured, key)
             cached = [trajectory.cache[version] for version in plan.inputs]
-            outputs = graph(call.tensors, cached, _coefficients(captured, graph, plan))
+            outputs = graph(call.tensors, cached, _coefficients(schedule, graph, plan))
         # A shared graph may return more than this plan stores; that is not the run's to keep.
         stored = dict(zip(key.stores, outputs[graph.results :], strict=True))
         cache = {v: stored[v.slot] if v.step == trajectory.position else trajectory.cache[v] for v in plan.held}
@@ -291,10 +299,11 @@ class OptimizedDenoiser(nn.Module):
         if known is None:
             if key not in self._slots:
                 self._slots[key] = slot_dependencies(self._captures[key].capture, self._mask.blocks)
-            rows, log_snr = self._mask.compute[start:], self._mask.log_snr and self._mask.log_snr[start:]
+            rows = self._mask.compute[start:]
+            log_snr = None if self._mask.log_snr is None else self._mask.log_snr[start:]
             if leading:
                 rows = np.concatenate([np.ones_like(self._mask.compute[:1]), rows])
-                log_snr = log_snr and (float("nan"), *log_snr)
+                log_snr = None if log_snr is None else (float("nan"), *log_snr)
             plans = plan_run(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
             self._shared[key] = share_graphs(plans, self._shared.get(key, {}))
             known = self._schedules[key, start, leading] = _Schedule(plans, self._shared[key])
@@ -304,10 +313,11 @@ class OptimizedDenoiser(nn.Module):
         graph = captured.graphs.get(key)
         if graph is None:
             module = specialise(captured.capture, key)
-            coefficients = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder") if n.target == "coefficients"]
+            inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+            coefficients = inputs[-1] if any(versions == 2 for _, versions in key.reads) else None
             results = sum(isinstance(leaf, torch.fx.Node) for leaf in captured.capture.outputs)
             compiled = compile_graph(module, self._backend, self._options)
-            graph = captured.graphs[key] = _Graph(compiled, coefficients[0] if coefficients else None, results)
+            graph = captured.graphs[key] = _Graph(compiled, module, coefficients, results)
         return graph
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
@@ -332,7 +342,7 @@ class OptimizedDenoiser(nn.Module):
                 graph = self._graph(captured, key)
                 # Tensors of their own, as in a run: torch.compile specialises on inputs that are the same tensor.
                 cached = [examples[version.slot].clone() for version in plan.inputs]
-                outputs = graph(call.tensors, cached, _coefficients(captured, graph, plan))
+                outputs = graph(call.tensors, cached, _coefficients(schedule, graph, plan))
                 examples.update(zip(key.stores, outputs[graph.results :], strict=True))
 
     def report(self) -> Report:
@@ -424,15 +434,15 @@ def _unpickle(original: nn.Module, mask: Mask, backend: Any, timestep: str, opti
     return OptimizedDenoiser(original, mask, backend=backend, timestep=timestep, options=options)
 
 
-def _coefficients(captured: _Captured, graph: _Graph, plan: Plan) -> list[Tensor]:
-    """The last input of the graph for this plan; made once, so that nothing is copied to a device at every step."""
+def _coefficients(schedule: _Schedule, graph: _Graph, plan: Plan) -> list[Tensor]:
+    """The last input of the graph for this plan, none where the graph takes none."""
     if graph.coefficients is None:
         return []
     like = graph.coefficients
-    known = captured.coefficients.get((like.dtype, plan.coefficients))
+    known = schedule.coefficients.get((like.dtype, plan.coefficients))
     if known is None:
         known = [torch.tensor(plan.coefficients, dtype=like.dtype, device=like.device)]
-        captured.coefficients[like.dtype, plan.coefficients] = known
+        schedule.coefficients[like.dtype, plan.coefficients] = known
     return known
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: Signal or noise power taken for none: keeps the log-SNR finite at the ends of a schedule.
 _NONE = 1e-8
@@ -14,35 +15,44 @@ _NONE = 1e-8
 def log_snr(scheduler: Any, timesteps: Iterable[float] | None = None) -> tuple[float, ...]:
     """log(alpha^2 / sigma^2) at each step of a scheduler on which ``set_timesteps`` was called, for ``Mask(log_snr=...)``.
 
-    scheduler: of diffusers, or anything with ``timesteps`` and ``alphas_cumprod`` [training steps], or, for flow matching and
-    EDM, ``sigmas`` [steps + 1]. timesteps: the values in sampling order where the mask is not for all of the scheduler's.
-    Timesteps that a 2nd-order scheduler repeats are taken once, as in a mask.
+    scheduler: of diffusers. timesteps: some of the scheduler's own, in sampling order; leave them out for a mask that is for
+    all of its steps, also where the denoiser is called with other values than the scheduler's (Flux divides them by 1000).
+    Timesteps that a 2nd-order scheduler repeats are taken once, as in a mask. Rises along the run, falls for inversion.
 
-    Raises ValueError for a scheduler that has none of these, or for a timestep that it does not have.
+    Raises ValueError for a timestep that the scheduler does not have, and for a scheduler that is neither variance preserving
+    (``alphas_cumprod``), nor EDM (``sigma_data``), nor flow matching.
     """
     own = np.asarray(scheduler.timesteps.cpu(), dtype=np.float64)
-    wanted = np.asarray(list(dict.fromkeys(own.tolist())) if timesteps is None else [float(t) for t in timesteps])
-    config = getattr(scheduler, "config", {})
-    flow = config.get("use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction"
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is not None and not flow:
-        power = np.asarray(alphas.cpu(), dtype=np.float64)
-        values = np.interp(wanted, np.arange(len(power)), _ratio(power, 1 - power))
-        return tuple(values.tolist())
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None:
-        raise ValueError(
-            f"{type(scheduler).__name__} has neither alphas_cumprod nor sigmas; give the mask log_snr values, or none."
-        )
+    wanted = list(dict.fromkeys(own.tolist())) if timesteps is None else [float(t) for t in timesteps]
     at = [int(np.abs(own - value).argmin()) for value in wanted]
     if missing := [value for value, index in zip(wanted, at, strict=True) if not np.isclose(own[index], value)]:
-        raise ValueError(f"{type(scheduler).__name__} has no timestep {missing[0]:g}; did you call set_timesteps?")
-    sigma = np.asarray(sigmas.cpu(), dtype=np.float64)[at]
-    # EDM adds noise to the sample as it is; flow matching goes from one to the other in a straight line.
-    alpha = np.ones_like(sigma) if "sigma_data" in config else 1 - sigma
-    values = _ratio(alpha**2, sigma**2)
+        raise ValueError(
+            f"{type(scheduler).__name__} has no timestep {missing[0]:g}; call set_timesteps first, and give timesteps of its "
+            "own, or leave them out."
+        )
+    values = _of_steps(scheduler, own)[at]
     return tuple(values.tolist())
 
 
-def _ratio(signal: np.ndarray[Any, np.dtype[np.float64]], noise: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
-    return np.log(np.maximum(signal, _NONE)) - np.log(np.maximum(noise, _NONE))
+def _of_steps(scheduler: Any, own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The log-SNR at every one of the scheduler's timesteps ``own``."""
+    config, kind = getattr(scheduler, "config", {}), type(scheduler).__name__
+    sigmas = getattr(scheduler, "sigmas", None)
+    # One sigma a timestep, and usually one more at the end; else they are of the training steps.
+    sigma = None if sigmas is None or len(sigmas) - len(own) not in (0, 1) else np.asarray(sigmas.cpu(), np.float64)[: len(own)]
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction" or kind.startswith("FlowMatch")
+    if flow and sigma is not None:
+        sigma = 1 - sigma if config.get("invert_sigmas") else sigma
+        return _ratio((1 - sigma) ** 2, sigma**2)
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if sigma is not None and (alphas is not None or "sigma_data" in config):
+        return _ratio(np.ones_like(sigma), sigma**2)  # in units of the signal
+    if alphas is not None and not flow:
+        power = np.asarray(alphas.cpu(), dtype=np.float64)
+        return np.interp(own, np.arange(len(power)), _ratio(power, 1 - power))
+    raise ValueError(f"the log-SNR of {kind} is not known; give the mask values of your own, or none.")
+
+
+def _ratio(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = np.log(np.maximum(signal, _NONE)) - np.log(np.maximum(noise, _NONE))
+    return values

@@ -9,14 +9,14 @@ with distances measured along the step index and, where it is known, along the l
 counts. TaylorSeer (Liu et al. 2025, arXiv 2503.06923, eq. 6, order 1) forecasts along the step index alone. Features follow
 neither clock everywhere, and reaching too far is worse than reaching short: the log-SNR slows down after the first steps of a
 run, whose differences say little about what follows, and races through the last ones. Past c = 1 the extrapolated value is
-held, which bounds what the rule can do where a mask leaves long gaps. Higher orders were measured and lost to *linear* on most
-masks (``benchmarks/results/quality.md``).
+held, which bounds what the rule can do where a mask leaves long gaps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 RULES = ("hold", "linear")
 
@@ -39,8 +39,8 @@ class Recall:
 def recall(rule: str, ran: Sequence[int], step: int, log_snr: Sequence[float] | None = None) -> Recall:
     """What ``rule`` makes of a block at ``step``.
 
-    ran: the steps of the run at which the block ran so far, rising, at least one. log_snr: of each step of the run, rising, NaN
-    where unknown. Nothing is extrapolated from a single computation.
+    ran: the steps of the run at which the block ran so far, rising, at least one. log_snr: of each step of the run, rising (or
+    falling, for inversion), NaN where unknown. Nothing is extrapolated from a single computation.
     """
     if rule == "hold" or len(ran) == 1:
         return Recall(ran[-1])
@@ -48,6 +48,7 @@ def recall(rule: str, ran: Sequence[int], step: int, log_snr: Sequence[float] | 
     reach = min((step - last) / (last - before), SAFE_REACH)
     if log_snr is not None:
         i, a, b = (max(log_snr[at], FAINT) for at in (step, last, before))
-        if a > b:  # not where both are faint, nor where one is unknown
+        known = not any(isnan(log_snr[at]) for at in (step, last, before))
+        if known and a != b:  # equal where both are faint
             reach = min(reach, (i - a) / (a - b))
     return Recall(last, before, reach)

@@ -35,7 +35,7 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
         copies[node] = graph.node_copy(node)
     versions: dict[Slot, list[Node]] = {}
     for position, (slot, number) in enumerate(key.reads):
-        versions[slot] = [graph.placeholder(f"cached_{position}_{age}") for age in range(number)]
+        versions[slot] = [graph.placeholder(f"maskcompile_cached_{position}_{age}") for age in range(number)]
         for placeholder in versions[slot]:
             placeholder.meta["val"] = capture.marks[slot].meta["val"]
     coefficients = _coefficients(graph, versions)
@@ -58,22 +58,35 @@ def _coefficients(graph: Graph, versions: Mapping[Slot, Sequence[Node]]) -> dict
     if not slots:
         return {}
     values = [versions[slot][0].meta["val"] for slot in slots]
-    double = any(value.dtype in (torch.float64, torch.complex128) for value in values)
-    coefficients = graph.placeholder("coefficients")
+    double = any(_arithmetic(value.dtype) == torch.float64 for value in values)
+    # A name that no argument of a denoiser has.
+    coefficients = graph.placeholder("maskcompile_coefficients")
     coefficients.meta["val"] = values[0].new_empty(len(slots), dtype=torch.float64 if double else torch.float32)
     return {slot: graph.call_function(aten.select.int, (coefficients, 0, index)) for index, slot in enumerate(slots)}
 
 
 def _extrapolate(graph: Graph, versions: Sequence[Node], c: Node) -> Node:
-    """``last + c (last - before)``, in float32 for half precision. A compiler fuses it with what reads the result."""
-    last, before = versions
-    dtype = last.meta["val"].dtype
-    narrow = dtype.is_floating_point and dtype.itemsize < 4
-    if narrow:
-        last, before = (graph.call_function(aten.to.dtype, (node, torch.float32)) for node in (last, before))
+    """``last + c (last - before)``, in float32 for half precision, and ``last`` where that is not finite.
+
+    It is not where half precision overflows, or where the outputs themselves are infinite, as masks of attention are. A
+    compiler fuses all of it with what reads the result.
+    """
+    newest, before = versions
+    dtype = newest.meta["val"].dtype
+    wide = _arithmetic(dtype)
+    last, c = newest, graph.call_function(aten.to.dtype, (c, wide))
+    if dtype.is_floating_point and dtype != wide:
+        last, before = (graph.call_function(aten.to.dtype, (node, wide)) for node in (last, before))
     difference = graph.call_function(aten.sub.Tensor, (last, before))
     value = graph.call_function(aten.add.Tensor, (last, graph.call_function(aten.mul.Tensor, (difference, c))))
-    return graph.call_function(aten.to.dtype, (value, dtype)) if narrow else value
+    if dtype.is_floating_point and dtype != wide:
+        value = graph.call_function(aten.to.dtype, (value, dtype))
+    return graph.call_function(aten.where.self, (graph.call_function(aten.isfinite.default, (value,)), value, newest))
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The real dtype to extrapolate in: double for double precision, else single."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _live_nodes(roots: Iterable[Node], reused: set[Node]) -> set[Node]:

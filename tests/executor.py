@@ -23,7 +23,8 @@ def copy(value):
 def extrapolate(outputs, clocks, step):
     """The line through the last two of ``outputs``, pairs (step, output) with the newest first, at ``step``.
 
-    Of several clocks that which puts the step nearest, relative to the distance of the two outputs; at most as far as that.
+    Of several clocks that which puts the step nearest, relative to the distance of the two outputs; at most as far as that,
+    and only where the result is finite.
     A clock is a function of the step, None where it does not know the time.
     """
     newest = outputs[0][1]
@@ -33,16 +34,17 @@ def extrapolate(outputs, clocks, step):
         return {k: extrapolate([(s, o[k]) for s, o in outputs], clocks, step) for k in newest}
     if isinstance(newest, (tuple, list)):
         return type(newest)(extrapolate([(s, o[i]) for s, o in outputs], clocks, step) for i in range(len(newest)))
-    if not isinstance(newest, torch.Tensor) or not newest.is_floating_point():
+    if not isinstance(newest, torch.Tensor) or not (newest.is_floating_point() or newest.is_complex()):
         return copy(newest)
     ahead = [1.0]
     for clock in clocks:
         now, last, before = clock(step), clock(outputs[0][0]), clock(outputs[1][0])
         if None not in (now, last, before) and last != before:
             ahead.append((now - last) / (last - before))
-    wide = torch.float64 if newest.dtype == torch.float64 else torch.float32
+    wide = torch.float32 if newest.dtype in (torch.float16, torch.bfloat16) else newest.dtype
     y = newest.to(wide)
-    return (y + min(ahead) * (y - outputs[1][1].to(wide))).to(newest.dtype)
+    value = (y + min(ahead) * (y - outputs[1][1].to(wide))).to(newest.dtype)
+    return torch.where(value.isfinite(), value, newest)
 
 
 class Executor:

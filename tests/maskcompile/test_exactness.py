@@ -61,7 +61,7 @@ def test_any_mask_is_the_executor(traced):
     case, program, fast = traced
     calls = [case.inputs(case.batch, timestep, step) for step, timestep in enumerate(case.timesteps)]
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
     @given(rows(len(program.names)), rules(len(program.names)), st.sampled_from([None, LOG_SNR]))
     def check(compute, reuse, log_snr):
         fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps, reuse=reuse, log_snr=log_snr))

@@ -88,6 +88,9 @@ def test_join_full_and_equality():
     assert linear == example(reuse=["linear", "linear"], log_snr=[0, 1])
     assert linear.provenance == {"seed": 3}
     assert linear.replace(~linear.compute).reuse == ("linear", "linear")
+    assert linear.replace(reuse="hold", log_snr=None) == example()
+    assert linear.replace(reuse="hold").log_snr == (0, 1)
+    assert example(log_snr=[1, 0]).log_snr == (1, 0)
     with pytest.raises(ValueError, match="read-only"):
         example().compute[0, 0] = False
 
@@ -113,13 +116,20 @@ def test_scheduler_tensors_are_timesteps():
         ({"timesteps": [100, 100]}, "100 followed by 100 at step 1"),
         ({"compute": np.ones((3, 2), bool), "timesteps": [900, 100, 500]}, "100 followed by 500 at step 2"),
         ({"compute": np.ones((0, 2), bool), "timesteps": []}, "at least one timestep"),
-        ({"timesteps": ["a", "b"]}, "timesteps are numbers; got 'a'"),
-        ({"timesteps": [float("nan"), 1]}, "timesteps are numbers; got nan"),
+        ({"timesteps": ["a", "b"]}, "timesteps are finite numbers; got 'a'"),
+        ({"timesteps": [float("nan"), 1]}, "timesteps are finite numbers; got nan"),
         ({"reuse": "cubic"}, "a reuse rule is one of 'hold', 'linear'; got 'cubic'"),
         ({"reuse": ["hold"]}, "one for each of the 2; got 1"),
-        ({"log_snr": [1, 0]}, "each of the 2 steps, each larger than the one before"),
+        ({"reuse": None}, "reuse is a sequence; got None"),
+        ({"log_snr": 5}, "log_snr is a sequence; got 5"),
+        ({"log_snr": [[1], [2]]}, r"log_snr are finite numbers; got \[1\]"),
+        ({"log_snr": [1, 1]}, "each of the 2 steps, all rising"),
+        (
+            {"compute": np.ones((3, 2), bool), "timesteps": [3, 2, 1], "log_snr": [0, 2, 1]},
+            r"each of the 3 steps, all rising \(or all falling",
+        ),
         ({"log_snr": [1]}, "each of the 2 steps"),
-        ({"log_snr": [float("-inf"), 1]}, "log_snr are numbers; got -inf"),
+        ({"log_snr": [float("-inf"), 1]}, "log_snr are finite numbers; got -inf"),
     ],
 )
 def test_wrong_masks_say_what_is_wrong(changes, message):
@@ -141,6 +151,10 @@ def test_wrong_masks_say_what_is_wrong(changes, message):
             "followed by",
         ),
         ('{"format": "maskcompile mask", "version": 1, "blocks": [1], "timesteps": [1], "compute": ["1"]}', "must be a string"),
+        (
+            '{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1], "compute": ["1"], "reuse": "linear"}',
+            "need mask format version 2; this file says 1",
+        ),
         (
             '{"format": "maskcompile mask", "version": 2, "blocks": ["a"], "timesteps": [1], "compute": ["1"], "reuse": 7}',
             "'reuse' must be a rule, or a list of rules",

@@ -109,6 +109,116 @@ def test_whole_numbers_are_held():
         assert torch.equal(fast(latents(step), torch.tensor(t)), executor.step(step, latents(step), torch.tensor(t)))
 
 
+class Single(nn.Module):
+    """One block, whatever it returns; a result that depends on all of it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.b = block
+
+    def forward(self, sample, timestep):
+        return self.b(sample, timestep)
+
+
+class Waves(nn.Module):
+    def forward(self, x, time):
+        return torch.polar(x.exp(), x * time / 300)
+
+
+class Masking(nn.Module):
+    """As masks of attention do, it returns infinities, at the same places in every step."""
+
+    def forward(self, x, time):
+        return (x * time).masked_fill(torch.arange(4) > 2, -torch.inf)
+
+
+class Growing(nn.Module):
+    def forward(self, x, time):
+        return (torch.ones_like(x) * ((1060.0 - time) * 75)).clamp(max=60000)
+
+
+class Scalar(nn.Module):
+    def forward(self, x, time):
+        return (x * time).mean(), x.double() * time
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype"), [(Waves, torch.float32), (Masking, torch.float32), (Growing, torch.float16), (Scalar, torch.float32)]
+)
+def test_unusual_outputs(block, dtype):
+    """Complex ones are extrapolated; where the result is not finite the last output is held; dtypes stay, of scalars too."""
+    model = Single(nn.Sequential(block())).eval()
+    model.b.forward = lambda x, time: model.b[0](x, time)
+    compute = every_third().compute[:, 1:2]
+    mask = mc.Mask(compute, blocks=["b"], timesteps=TIMESTEPS, reuse="linear")
+    fast, executor = mc.optimize(model, mask, backend="eager"), Executor(model, ["b"], compute, 1)
+    for step, t in enumerate(TIMESTEPS):
+        x = latents(step).to(dtype)
+        ours, theirs = fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t))
+        for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+            assert not a.isnan().any()
+            assert block is not Growing or a.isfinite().all()
+
+
+def test_names_of_arguments_do_not_matter():
+    class Named(Chain):
+        def forward(self, sample, timestep, coefficients, cached_0_0):
+            return super().forward(sample + coefficients, timestep) * cached_0_0
+
+    model = Named().eval()
+    for reuse, order in (("hold", 0), ("linear", 1)):
+        mask = every_third(reuse=reuse)
+        fast, executor = mc.optimize(model, mask, backend="eager"), Executor(model, BLOCKS, mask.compute, order)
+        for step, t in enumerate(TIMESTEPS):
+            args = (latents(step), torch.tensor(t), latents(step + 50), latents(step + 70))
+            assert torch.equal(fast(*args), executor.step(step, *args))
+
+
+def test_a_block_that_returns_a_weight():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.randn(4)), nn.Linear(4, 4)
+
+        def forward(self, x, time):
+            return self.weight, self.layer(x) * time
+
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = Constant()
+
+        def forward(self, sample, timestep):
+            weight, x = self.b(sample, timestep)
+            return weight + x
+
+    model = Adding().eval()
+    compute = every_third().compute[:, 1:2]
+    fast = mc.optimize(model, mc.Mask(compute, blocks=["b"], timesteps=TIMESTEPS, reuse="linear"), backend="aot_eager")
+    fast.warmup(latents(0), torch.tensor(TIMESTEPS[0]))
+    executor = Executor(model, ["b"], compute, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, t in enumerate(TIMESTEPS):
+            ours = fast(latents(step), torch.tensor(t))
+            torch.testing.assert_close(ours, executor.step(step, latents(step), torch.tensor(t)))
+            cached = [c.untyped_storage().data_ptr() for r in fast._runs.trajectories for c in r.cache.values()]
+            assert model.b.weight.untyped_storage().data_ptr() not in cached
+
+
+def test_many_masks_leave_nothing_behind():
+    model = Chain().eval()
+    fast = mc.optimize(model, every_third(), backend="eager")
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        fast.set_mask(every_third(log_snr=tuple(np.cumsum(rng.random(len(TIMESTEPS)) + 0.01).tolist())))
+        for t in TIMESTEPS:
+            fast(latents(0), torch.tensor(t))
+    (schedule,) = fast._schedules.values()
+    assert 0 < len(schedule.coefficients) <= len(TIMESTEPS)
+
+
 def test_equal_structure_shares_a_compiled_graph():
     """The coefficients are an input: steps one and two after a computation run one graph, on any clock, with any timesteps."""
     model = Chain().eval()

@@ -45,6 +45,36 @@ def test_it_is_the_noise_that_is_added(name, options):
     assert np.allclose(ours[middle], theirs[middle], atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_type": "continuous", "prediction_type": "v_prediction", "sigma_max": 700.0, "use_karras_sigmas": True},
+        ),
+        ("DPMSolverMultistepScheduler", {"beta_schedule": "scaled_linear", "use_karras_sigmas": True}),
+        ("HeunDiscreteScheduler", {}),
+        ("EDMEulerScheduler", {}),
+    ],
+)
+def test_it_is_the_sigma_of_each_step(name, options):
+    """Stable Video Diffusion's continuous timesteps, 2nd-order solvers, EDM: sigma is in units of the signal."""
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(9)
+    theirs = dict(zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False))
+    assert np.allclose(mc.log_snr(scheduler), [-2 * np.log(sigma) for sigma in theirs.values()], atol=1e-4)
+
+
+def test_directions():
+    """Inverted sigmas (Mochi) count the signal; inversion runs from the picture to noise."""
+    plain, inverted = (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=invert) for invert in (False, True))
+    plain.set_timesteps(6), inverted.set_timesteps(6)
+    assert np.allclose(mc.log_snr(plain)[1:], mc.log_snr(inverted)[1:], atol=1e-3)
+    scheduler = diffusers.DDIMInverseScheduler()
+    scheduler.set_timesteps(6)
+    assert np.all(np.diff(mc.log_snr(scheduler)) < 0)
+
+
 def test_repeated_and_chosen_timesteps():
     scheduler = diffusers.HeunDiscreteScheduler()
     scheduler.set_timesteps(6)
@@ -52,13 +82,21 @@ def test_repeated_and_chosen_timesteps():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(6)
     assert mc.log_snr(scheduler, scheduler.timesteps[2:]) == mc.log_snr(scheduler)[2:]
-    with pytest.raises(ValueError, match="no timestep 123"):
+    with pytest.raises(ValueError, match="no timestep 123; call set_timesteps first"):
         mc.log_snr(scheduler, [123])
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(6)
+    with pytest.raises(ValueError, match="leave them out"):
+        mc.log_snr(scheduler, scheduler.timesteps / 1000)
 
 
 def test_a_scheduler_without_a_noise_schedule_is_named():
     class Bare:
         timesteps = torch.arange(3)
 
-    with pytest.raises(ValueError, match="Bare has neither alphas_cumprod nor sigmas"):
+    with pytest.raises(ValueError, match="the log-SNR of Bare is not known"):
         mc.log_snr(Bare())
+    scheduler = diffusers.ScoreSdeVeScheduler()
+    scheduler.set_timesteps(6), scheduler.set_sigmas(6)
+    with pytest.raises(ValueError, match="the log-SNR of ScoreSdeVeScheduler is not known"):
+        mc.log_snr(scheduler)
