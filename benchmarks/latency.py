@@ -4,7 +4,8 @@ For each reference denoiser: eager, ``torch.compile`` of the original, the all-o
 rules, all compiled alike, one whole sampling run's denoiser calls each, interleaved; for the DiT also diffusers' TaylorSeer
 hook, which cannot be compiled whole and runs as it is. The realised share is (speed-up over the compiled original) / (MACs
 before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added. What the linear rule
-costs is the time that it adds to a step, as a share of a step of the compiled original.
+costs is the time that it adds to a step that extrapolates, as a share of a step of the compiled original: (linear - hold) over
+whole runs, divided by the number of such steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +27,27 @@ from benchmarks.masks import choices
 from benchmarks.reference import load
 from benchmarks.sampling import Task, task
 from benchmarks.timing import difference, hardware, interleaved, ratio
+from maskcompile.accounting import plans_of
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_of(t: Task, denoiser: Callable[..., Any], batch: int, restart: Callable[[Any], None]) -> Callable[[], None]:
-    """The denoiser calls of one sampling run, without the scheduler's arithmetic, after ``restart(denoiser)``."""
+def take_mask(fast: mc.OptimizedDenoiser, mask: mc.Mask, t: Task, batch: int) -> None:
+    """Give the denoiser another mask, and see to it that every graph of it is compiled."""
+    args, kwargs = t.inputs(batch)
+    fast.set_mask(mask)
+    fast.warmup(*args, **kwargs, return_dict=False)
+
+
+def run_of(t: Task, denoiser: Callable[..., Any], batch: int) -> Callable[[], None]:
+    """The denoiser calls of one sampling run, without the scheduler's arithmetic."""
     args, kwargs = t.inputs(batch)
     kwargs["return_dict"] = False
     steps = [torch.full_like(args[1], step) for step in t.timesteps]
 
     @torch.no_grad()
     def run() -> None:
-        restart(denoiser)
         for step in steps:
             denoiser(args[0], step, **kwargs)
 
@@ -51,20 +61,27 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
     chosen = choices(name, rules=("hold", "linear"))
     masks = {"all ones": mc.Mask.full(program.names, t.timesteps)}
     masks |= {f"{choice.label}, {choice.reuse}": choice.mask(program, t) for choice in chosen}
+    fast = mc.optimize(t.denoiser, masks["all ones"], backend=backend)
     variants = {"eager": t.denoiser, "torch.compile": torch.compile(t.denoiser, fullgraph=True, dynamic=False, backend=backend)}
-    for label, mask in masks.items():
-        variants[label] = mc.optimize(t.denoiser, mask, backend=backend)
-    runs = {label: run_of(t, denoiser, batch, lambda denoiser: None) for label, denoiser in variants.items()}
+    variants |= dict.fromkeys(masks, fast)
+    runs = {label: run_of(t, denoiser, batch) for label, denoiser in variants.items()}
+    prepare: dict[str, Callable[[], Any]] = {label: partial(take_mask, fast, mask, t, batch) for label, mask in masks.items()}
     if name == "dit":
-        for interval in (2, 3, 4):
-            hooked = taylorseer.hooked(load(name)[0], interval, 1)
-            runs[f"TaylorSeer hook(interval={interval})"] = run_of(t, hooked, batch, taylorseer.restart)
-    times = interleaved(runs, repeats)
+        for interval, order in product((2, 3, 4), (1, 2)):
+            hooked = taylorseer.hooked(load(name)[0], interval, order)
+            label = f"TaylorSeer hook, order {order}, uniform(interval={interval})"
+            runs[label], prepare[label] = run_of(t, hooked, batch), partial(taylorseer.restart, hooked)
+    times = interleaved(runs, repeats, prepare=prepare)
     rows = []
     for label, timing in times.items():
         share = mc.cost(program, masks[label]).share if label in masks else None
         speedup = ratio(times["torch.compile"], timing)
-        held = times.get(label.replace(", linear", ", hold")) if label.endswith(", linear") else None
+        cost = None
+        if label.endswith(", linear"):
+            extrapolating = sum(bool(plan.coefficients) for plan in plans_of(program, masks[label])[1])
+            held = times[label.replace(", linear", ", hold")]
+            whole = difference(timing, held, times["torch.compile"])
+            cost = [share * steps / extrapolating for share in whole]
         rows.append(
             {
                 "denoiser": name,
@@ -75,7 +92,7 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
                 "over_eager": ratio(times["eager"], timing),
                 "over_compiled": speedup,
                 "realised_share": speedup * share if label in masks else None,
-                "rule_cost": difference(timing, held, times["torch.compile"]) if held else None,
+                "rule_cost": cost,
             }
         )
     return rows
@@ -84,13 +101,13 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| denoiser | variant | MACs kept | ms a step | spread | over eager | over torch.compile | realised share "
-        "| the rule costs |",
+        "| the rule costs (least to most) |",
         "|" + "---|" * 9,
     ]
     for r in rows:
         share = "" if r["share"] is None else f"{r['share']:.1%}"
         realised = "" if r["realised_share"] is None else f"{r['realised_share']:.3f}"
-        cost = "" if r["rule_cost"] is None else f"{r['rule_cost']:+.1%}"
+        cost = "" if r["rule_cost"] is None else "{:+.1%} ({:+.1%} to {:+.1%})".format(*r["rule_cost"])
         lines.append(
             f"| {r['denoiser']} | {r['variant']} | {share} | {r['ms_a_step']:.1f} | {r['spread']:.0%} "
             f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {realised} | {cost} |"

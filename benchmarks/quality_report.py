@@ -46,9 +46,10 @@ def report(document: Row, rows: list[Row], speed: dict[tuple[str, str], float]) 
     parts = [
         "# Quality",
         "PSNR and SSIM of final pictures to those of the unmasked DDIM sampler with the same number of steps, from the same "
-        "noise; PSNR to the limit: to DPM++ 2M at 200 steps. Frechet distance to the training pictures, in the features of "
+        "noise; PSNR to the limit: to DPM++ 2M at 200 steps. No solver clips its estimates. Frechet distance to the training "
+        "pictures, in the features of "
         + ("Inception. " if document["features"] == "Inception" else "the bundled classifier (not Inception's). ")
-        + f"{counts}; {document['setting']} Made by `python -m benchmarks.quality`. A dash: not measured.",
+        + f"{counts}. {document['setting']} Made by `python -m benchmarks.quality`. A dash: not measured.",
         "## The reuse rule",
         "Each schedule under *hold* and *linear* (and, to compare, *linear* without the log-SNR, along the step index alone).",
         rule_table(rows),
@@ -58,8 +59,8 @@ def report(document: Row, rows: list[Row], speed: dict[tuple[str, str], float]) 
         "The best mask that keeps no more of the MACs than the sampler beside it.",
         rival_table(rows),
         "## On the way to the limit",
-        "A better solver comes nearer to the limit than any mask on DDIM; masks on that solver go on from there. Work: MACs "
-        "in steps of the unmasked denoiser.",
+        "PSNR to the limit, which no mask needs to be near: a mask keeps to the pictures of its own sampler. Work: MACs in "
+        "steps of the unmasked denoiser.",
         limit_table(rows),
         "## TaylorSeer's own hook",
         "On the DiT's attention and feed-forward blocks, three full steps at the start, float32, beside masks of the same "
@@ -188,7 +189,7 @@ def limit_table(rows: list[Row]) -> str:
 def hook_table(rows: list[Row]) -> str:
     lines = []
     for row in sorted((r for r in rows if "hook" in str(r["rule"])), key=lambda r: (r["reference"], -r["share"], r["rule"])):
-        interval = row["mask"].partition("interval=")[2][0]
+        interval = row["mask"].removeprefix("uniform(interval=").removesuffix(")")
         ours = [r for r in rows if r["denoiser"] == "dit" and r["reference"] == row["reference"] and r["solver"] == "DDIM"]
         ours = [r for r in ours if r["rule"] == "linear" and r["mask"] == f"uniform(interval={interval}, warmup=4)"]
         beside = f"{ours[0]['share']:.1%}, {ours[0]['psnr']:.1f} dB" if ours else "-"
@@ -238,12 +239,12 @@ def equal_quality(rows: list[Row], speed: dict[tuple[str, str], float]) -> list[
         held = frontier(rows, speed, name, "hold")
         best = [p for p in held if not any(q[0] >= p[0] and q[1] > p[1] for q in held)]
         curve = sorted((p[1], p[0]) for p in best)
-        # Without a mask the pictures are the same at speed-up 1; far above any PSNR here.
         for fast, psnr, mask in frontier(rows, speed, name, "linear"):
             if not curve:
                 continue
-            there = "slower" if psnr > curve[-1][0] else f"{np.interp(psnr, *zip(*curve, strict=True)):.2f}x"
-            there = f"less than {curve[-1][1]:.2f}x" if there == "slower" else there
+            there = f"{np.interp(psnr, *zip(*curve, strict=True)):.2f}x"
+            there = f"less than {curve[-1][1]:.2f}x" if psnr > curve[-1][0] else there
+            there = f"more than {curve[0][1]:.2f}x" if psnr < curve[0][0] else there
             lines.append([NAMES[name], mask, f"{psnr:.1f}", f"{fast:.2f}x", there])
     return [
         "50 steps; speed-ups over `torch.compile` from `latency.json`; for *hold* along straight lines between its best masks.",
@@ -268,13 +269,14 @@ def draw(rows: list[Row], speed: dict[tuple[str, str], float], path: Path) -> No
             fewer = [r for r in pick(rows, denoiser=name, reference=50, solver=solver, mask=None) if r["steps"] < 50]
             fewer.sort(key=lambda r: -r["steps"])
             x, y = [50 / r["steps"] for r in fewer], [r["psnr"] for r in fewer]
-            axes.plot(x, y, color=colour, linewidth=1.1, linestyle="--", marker=".", label=f"fewer steps, {solver}")
-        for order, colour in ((1, "black"),):
-            hooks = [r for r in pick(rows, denoiser=name, reference=50) if r["rule"] == f"TaylorSeer hook, order {order}"]
-            timed = [(speed.get((name, f"TaylorSeer hook({r['mask'].partition('(')[2]}")), r["psnr"]) for r in hooks]
+            axes.plot(x, y, color=colour, linewidth=1.1, linestyle="--", marker=".", label=f"fewer steps, {solver} (counted)")
+        for order, marker in ((1, "x"), (2, "+")):
+            rule = f"TaylorSeer hook, order {order}"
+            timed = [(speed.get((name, f"{rule}, {r['mask']}")), r["psnr"]) for r in pick(rows, denoiser=name, rule=rule)
+                     if r["reference"] == 50]  # fmt: skip
             timed = sorted((x, y) for x, y in timed if x is not None)
             if timed:
-                axes.plot(*zip(*timed, strict=True), color=colour, marker="x", linewidth=0.8, label="TaylorSeer hook (eager)")
+                axes.plot(*zip(*timed, strict=True), color="black", marker=marker, linewidth=0.6, label=f"{rule} (eager)")
         axes.axvline(1, color="#c3cad1", linewidth=0.8, zorder=0)
         axes.set_title(f"{NAMES[name]}, 50 DDIM steps", fontsize=10)
         axes.set_xlabel("speed-up over torch.compile", fontsize=9)

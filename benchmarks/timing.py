@@ -30,11 +30,21 @@ class Timing:
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
-def interleaved(variants: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
-    """Run the variants in turn, ``repeats`` times over after ``warmup`` rounds, so that drift meets all of them alike."""
+def interleaved(
+    variants: dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    prepare: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, Timing]:
+    """Run the variants in turn, ``repeats`` times over after ``warmup`` rounds, so that drift meets all of them alike.
+
+    prepare: what to do before a variant's turn, outside the time taken.
+    """
+    prepare = prepare or {}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in tqdm(range(-warmup, repeats), desc="timing", delay=2, leave=False, disable=None):
         for name, run in variants.items():
+            prepare.get(name, lambda: None)()
             _synchronise()
             start = time.perf_counter()
             run()
@@ -49,10 +59,11 @@ def ratio(baseline: Timing, ours: Timing) -> float:
     return median(b / o for b, o in zip(baseline.seconds, ours.seconds, strict=True))
 
 
-def difference(ours: Timing, other: Timing, baseline: Timing) -> float:
-    """How much longer ours takes than the other, as a share of the baseline: the median over the rounds."""
+def difference(ours: Timing, other: Timing, baseline: Timing) -> tuple[float, float, float]:
+    """How much longer ours takes than the other, as a share of the baseline: (median, least, most) over the rounds."""
     rounds = zip(ours.seconds, other.seconds, baseline.seconds, strict=True)
-    return median((a - b) / c for a, b, c in rounds)
+    shares = sorted((a - b) / c for a, b, c in rounds)
+    return median(shares), shares[0], shares[-1]
 
 
 def hardware() -> str:

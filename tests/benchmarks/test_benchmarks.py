@@ -12,7 +12,7 @@ import maskcompile as mc
 from benchmarks import demo, latency
 from benchmarks.reference import load, train
 from benchmarks.sampling import noise, psnr, sample, task
-from benchmarks.timing import Timing, ratio
+from benchmarks.timing import Timing, difference, ratio
 
 
 def test_demo(tmp_path, capsys):
@@ -29,16 +29,22 @@ def test_demo(tmp_path, capsys):
 
 
 def test_latency(tmp_path):
-    latency.main(["--steps", "3", "--batch", "2", "--repeats", "1", "--backend", "eager", "--out", str(tmp_path)])
+    latency.main(["--steps", "8", "--batch", "2", "--repeats", "1", "--backend", "eager", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
     assert {row["variant"] for row in rows} >= {
         "eager",
         "torch.compile",
         "all ones",
-        "deepcache(interval=3)",
-        "uniform(interval=2)",
+        "deepcache(interval=3), hold",
+        "uniform(interval=2), hold",
+    }
+    assert {row["variant"] for row in rows} >= {
+        "deepcache(interval=3), linear",
+        "uniform(interval=2, warmup=4), linear",
+        "TaylorSeer hook, order 2, uniform(interval=3)",
     }
     for row in rows:
+        assert (row["rule_cost"] is not None) == row["variant"].endswith(", linear")
         if row["realised_share"] is not None:
             assert row["realised_share"] == pytest.approx(row["over_compiled"] * row["share"])
 
@@ -46,6 +52,9 @@ def test_latency(tmp_path):
 def test_ratios_are_taken_within_rounds():
     assert ratio(Timing((2.0, 40.0, 6.0)), Timing((1.0, 10.0, 2.0))) == 3.0
     assert Timing((1.0, 2.0, 3.0)).spread == 1.0
+    # What is added, of a baseline of 10 and then 20: 10%, 10%, 5%.
+    ours, other = Timing((3.0, 5.0, 2.0)), Timing((2.0, 3.0, 1.0))
+    assert difference(ours, other, Timing((10.0, 20.0, 20.0))) == (0.1, 0.05, 0.1)
 
 
 def test_psnr():
