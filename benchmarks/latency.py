@@ -4,8 +4,8 @@ For each reference denoiser: eager, ``torch.compile`` of the original, the all-o
 rules, all compiled alike, one whole sampling run's denoiser calls each, interleaved; for the DiT also diffusers' TaylorSeer
 hook, which cannot be compiled whole and runs as it is. The realised share is (speed-up over the compiled original) / (MACs
 before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added. What the linear rule
-costs is the time that it adds to a step that extrapolates, as a share of a step of the compiled original: (linear - hold) over
-whole runs, divided by the number of such steps.
+costs is measured step against step: one that extrapolates beside the same one that holds, as a share of a step of the compiled
+original.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import maskcompile as mc
 from benchmarks import taylorseer
-from benchmarks.masks import choices
+from benchmarks.masks import SCHEDULES, Choice, choices
 from benchmarks.reference import load
 from benchmarks.sampling import Task, task
 from benchmarks.timing import difference, hardware, interleaved, ratio
-from maskcompile.accounting import plans_of
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,12 +76,6 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
     for label, timing in times.items():
         share = mc.cost(program, masks[label]).share if label in masks else None
         speedup = ratio(times["torch.compile"], timing)
-        cost = None
-        if label.endswith(", linear"):
-            extrapolating = sum(bool(plan.coefficients) for plan in plans_of(program, masks[label])[1])
-            held = times[label.replace(", linear", ", hold")]
-            whole = difference(timing, held, times["torch.compile"])
-            cost = [share * steps / extrapolating for share in whole]
         rows.append(
             {
                 "denoiser": name,
@@ -92,25 +86,67 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
                 "over_eager": ratio(times["eager"], timing),
                 "over_compiled": speedup,
                 "realised_share": speedup * share if label in masks else None,
-                "rule_cost": cost,
             }
         )
     return rows
 
 
+def rule_cost(name: str, batch: int, repeats: int, backend: str) -> list[dict[str, Any]]:
+    """Milliseconds of the compiled original, of a step that holds, and of the same step that extrapolates."""
+    t = task(name, 20)
+    args, kwargs = t.inputs(batch)
+    kwargs["return_dict"] = False
+    program = mc.trace(t.denoiser, *args, **kwargs)
+    timesteps = [torch.full_like(args[1], step) for step in t.timesteps]
+    original = torch.compile(t.denoiser, fullgraph=True, dynamic=False, backend=backend)
+    rows = []
+    for schedule in dict.fromkeys(schedule for schedule, _ in SCHEDULES[name]):
+        steps: dict[str, Callable[[], Any]] = {"original": partial(original, args[0], timesteps[0], **kwargs)}
+        for rule in ("hold", "linear"):
+            fast = mc.optimize(t.denoiser, Choice(schedule, 2, reuse=rule).mask(program, t), backend=backend)
+            with torch.no_grad():
+                for timestep in timesteps[:3]:  # computes, holds for lack of another computation, computes
+                    fast(args[0], timestep, **kwargs)
+            steps[rule] = partial(_again, fast, fast._runs, args[0], timesteps[3], kwargs)
+        with torch.no_grad():
+            times = interleaved(steps, repeats, warmup=3)
+        cost, low, high = difference(times["linear"], times["hold"], times["original"])
+        medians = {f"{step}_ms": 1000 * timing.median for step, timing in times.items()}
+        label = Choice(schedule, 2).label
+        rows.append({"denoiser": name, "mask": label, **medians, "cost": cost, "low": low, "high": high})
+    return rows
+
+
+def _again(fast: mc.OptimizedDenoiser, runs: Any, sample: Tensor, timestep: Tensor, kwargs: dict[str, Any]) -> None:
+    """The same step of the same run once more."""
+    fast._runs = runs
+    fast(sample, timestep, **kwargs)
+
+
+def rule_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| denoiser | mask | ms a step: original / hold / linear | linear adds, of an original step (quartiles) |",
+        "|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['denoiser']} | {r['mask']} | {r['original_ms']:.1f} / {r['hold_ms']:.2f} / {r['linear_ms']:.2f} "
+            f"| {r['cost']:+.1%} ({r['low']:+.1%} to {r['high']:+.1%}) |"
+        )
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| denoiser | variant | MACs kept | ms a step | spread | over eager | over torch.compile | realised share "
-        "| the rule costs (least to most) |",
-        "|" + "---|" * 9,
+        "| denoiser | variant | MACs kept | ms a step | spread | over eager | over torch.compile | realised share |",
+        "|" + "---|" * 8,
     ]
     for r in rows:
         share = "" if r["share"] is None else f"{r['share']:.1%}"
         realised = "" if r["realised_share"] is None else f"{r['realised_share']:.3f}"
-        cost = "" if r["rule_cost"] is None else "{:+.1%} ({:+.1%} to {:+.1%})".format(*r["rule_cost"])
         lines.append(
             f"| {r['denoiser']} | {r['variant']} | {share} | {r['ms_a_step']:.1f} | {r['spread']:.0%} "
-            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {realised} | {cost} |"
+            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {realised} |"
         )
     return "\n".join(lines)
 
@@ -130,15 +166,17 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.denoisers
         for row in measure(name, options.steps, options.batch, options.repeats, options.backend)
     ]
+    rule = [row for name in options.denoisers for row in rule_cost(name, options.batch, 20 * options.repeats, options.backend)]
     setting = (
         f"{options.steps} steps, batch {options.batch} pictures, float32, backend {options.backend}, static shapes; "
         f"{hardware()}; "
         f"median of {options.repeats} interleaved rounds after one warm-up round, spread = (max - min) / median."
     )
-    text = f"# Latency\n\n{table(rows)}\n\n{setting}\nMade by `python -m benchmarks.latency`. No GPU table has been made yet.\n"
+    tables = f"{table(rows)}\n\nWhat extrapolating costs:\n\n{rule_table(rule)}"
+    text = f"# Latency\n\n{tables}\n\n{setting}\nMade by `python -m benchmarks.latency`. No GPU table has been made yet.\n"
     options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "latency.md", text)
-    write_whole(options.out / "latency.json", json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    write_whole(options.out / "latency.json", json.dumps({"setting": setting, "rows": rows, "rule": rule}, indent=1) + "\n")
     print(text)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -60,10 +60,10 @@ def ratio(baseline: Timing, ours: Timing) -> float:
 
 
 def difference(ours: Timing, other: Timing, baseline: Timing) -> tuple[float, float, float]:
-    """How much longer ours takes than the other, as a share of the baseline: (median, least, most) over the rounds."""
-    rounds = zip(ours.seconds, other.seconds, baseline.seconds, strict=True)
-    shares = sorted((a - b) / c for a, b, c in rounds)
-    return median(shares), shares[0], shares[-1]
+    """How much longer ours takes than the other, as a share of the baseline: (median, lower, upper quartile) over rounds."""
+    shares = [(a - b) / baseline.median for a, b in zip(ours.seconds, other.seconds, strict=True)]
+    low, middle, high = quantiles(shares, n=4, method="inclusive")
+    return middle, low, high
 
 
 def hardware() -> str:
