@@ -175,6 +175,12 @@ class OptimizedDenoiser(nn.Module):
         self._calls = self._reusing = self._unknown = self._skipped = self._recaptures = 0
         self.reset()
 
+    def forget_graphs(self, most: int) -> None:
+        """Let go of the specialised graphs of a capture that has made more than ``most``; they are made again when needed."""
+        for captured in self._captures.values():
+            if len(captured.graphs) > most:
+                captured.graphs.clear()
+
     def reset(self) -> None:
         """Forget the run in progress; the next call starts a new one."""
         self._runs = Runs()

@@ -1,0 +1,270 @@
+"""``learn``: a denoiser, a sampler and a share of the MACs in, a mask out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from maskcompile._version import __version__
+from maskcompile.accounting import rectify
+from maskcompile.learning.budget import TOLERANCE, Cell, Shares, check_budget, fill
+from maskcompile.learning.fidelity import Fidelity, reference_outcomes
+from maskcompile.learning.memo import Memo
+from maskcompile.learning.processes import Processes, launched
+from maskcompile.learning.recording import Recording, Sample, record
+from maskcompile.learning.relaxed import RelaxedDenoiser
+from maskcompile.learning.scores import Paper, converged, learn_scores
+from maskcompile.learning.search import Evaluations, Found, search
+from maskcompile.learning.sensitivity import sensitivities
+from maskcompile.mask import Mask, MaskError
+from maskcompile.program import Program, trace
+from maskcompile.runtime import OptimizedDenoiser
+from maskcompile.schedules import deepcache
+from maskcompile.signature import check_capturable
+from passes.blocks import BlockSelection
+from passes.knowledge import apply_knowledge
+from passes.rectify import Compute
+from passes.reuse import RULES
+
+
+@dataclass(frozen=True)
+class Search:
+    """The default method, for ``learn(method=...)``: see ``maskcompile.learning.search``.
+
+    passes: denoiser work to spend, in unmasked sampling passes over all seeds; a masked pass counts for the share of the MACs
+    that it keeps. starts: further masks to begin with, for the same blocks and timesteps.
+    """
+
+    passes: float = 150.0
+    starts: tuple[Mask, ...] = ()
+
+
+def learn(
+    model: nn.Module,
+    sample: Sample,
+    budget: float,
+    *,
+    method: str | Search | Paper = "search",
+    reuse: str | Sequence[str] = "auto",
+    log_snr: Iterable[float] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    blocks: BlockSelection | None = None,
+    timestep: str | None = None,
+    backend: str | Callable[..., Any] = "eager",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Mask:
+    """Learn a mask that keeps a share ``budget`` of the MACs (met within 0.01), and the samples as they are.
+
+    sample: ``sample(seed)`` runs one sampling pass that calls ``model``: a plain loop, or a pipeline,
+    ``lambda seed: pipe(..., generator=torch.Generator().manual_seed(seed))``. It must do the same for the same seed; what it
+    returns (tensors, arrays, pictures, a pipeline's output) is what the search compares, best without rounding to bytes
+    (``output_type="pt"`` or "latent"). Noise is all it needs: there are no training data, and no weights change.
+
+    method: "search" (default), whole masked passes compared with unmasked ones; "paper", the scores of arXiv 2603.19939, each
+    step by itself; or one of these with options, ``Search(passes=...)``, ``Paper(relaxation="gumbel", ...)``. reuse: a rule
+    of ``Mask``, or one for each block; "auto" lets the search choose, and holds in the paper's method. log_snr: of each step,
+    see ``Mask``; *linear* gains by it. seeds: sampling passes to learn from. blocks: what may be reused, see ``trace``.
+    timestep: name of the parameter that carries it, where it is unusual. backend: that masked passes run with, see ``optimize``.
+    checkpoint: a file that learning goes on from when it is interrupted, to the same mask. progress: show a bar.
+
+    Under ``accelerate launch`` or torchrun the processes share the work and all return the same mask as one alone would.
+
+    Raises MaskError for a budget below what always runs, ValueError for a sampler that cannot be learned from, a model in train
+    mode, a checkpoint of other settings, FloatingPointError with the step where something is not finite. The model is left
+    as it was, with its gradients and modes.
+    """
+    if isinstance(model, OptimizedDenoiser):
+        raise ValueError("this denoiser is already optimised; learn with the original: learn(fast.original, ...).")
+    check_capturable(model)
+    options = {"search": Search(), "paper": Paper()}.get(method) if isinstance(method, str) else method
+    if options is None:
+        raise ValueError(f"method is 'search' or 'paper', or Search(...) or Paper(...); got {method!r}.")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds are one or more different numbers; got {list(seeds)}.")
+    check_budget(budget, 0.0)
+    with launched() as processes:
+        recordings = [record(model, sample, seed, timestep) for seed in seeds]
+        _check_alike(recordings)
+        first = recordings[0].steps[0][0].call
+        program = trace(model, *first.args, blocks=blocks, **first.kwargs)
+        template = _template(program, recordings[0].timesteps, log_snr)
+        rules = _rules(reuse, template, options)
+        shares = Shares(program, template.replace(reuse=rules[0]))
+        check_budget(budget, shares(np.zeros_like(template.compute)))
+        settings = {
+            "denoiser": program.denoiser, "block hash": program.block_hash, "blocks": program.names,
+            "timesteps": template.timesteps, "log-SNR": template.log_snr, "budget": budget, "seeds": list(seeds),
+            "reuse rule": rules, "method": [type(options).__name__, repr(options)], "weights": _weights_hash(model),
+        }  # fmt: skip
+        memo = Memo(checkpoint, settings, writes=processes.rank == 0)
+        relaxed = RelaxedDenoiser(model, program.names, {first.key: program.capture})
+        with tqdm(desc="learning", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
+            if isinstance(options, Paper):
+                mask = _by_scores(relaxed, recordings, program, template, rules[0], budget, shares, options, memo, processes, bar)
+            else:
+                fidelity = Fidelity(
+                    model, sample, reference_outcomes(recordings), seeds, template,
+                    backend=backend, timestep=timestep, processes=processes,
+                )  # fmt: skip
+                mask = _by_search(relaxed, recordings, program, template, rules, budget, shares, options, fidelity, memo, bar)
+    share = shares(mask.compute, mask.reuse)
+    if share < budget - TOLERANCE:
+        tqdm.write(f"maskcompile.learn: kept {share:.3f} of the MACs where the budget is {budget:g}: no block is small enough "
+                   "to come nearer, or nothing more is worth computing.")  # fmt: skip
+    return mask.replace(
+        budget=budget, share=round(share, 5), seeds=list(seeds), torch=torch.__version__, maskcompile=__version__
+    )
+
+
+def _by_search(
+    relaxed: RelaxedDenoiser,
+    recordings: Sequence[Recording],
+    program: Program,
+    template: Mask,
+    rules: Sequence[Sequence[str]],
+    budget: float,
+    shares: Shares,
+    options: Search,
+    fidelity: Fidelity,
+    memo: Memo,
+    bar: Any,
+) -> Mask:
+    steps, one = template.steps, 1 / len(recordings)
+    bar.total = options.passes
+
+    def report(work: float) -> None:
+        bar.update(work)
+
+    def sensitivity(mask: Mask) -> NDArray[np.float64]:
+        key = "sensitivity"
+        if key not in memo:
+            mine = fidelity.processes.stretch(range(1, steps))
+            rows = sensitivities(relaxed, recordings[0], mask, mine)
+            every = fidelity.processes.gather({step: row.tolist() for step, row in rows.items()})
+            memo[key] = [[0.0] * len(mask.blocks), *(every[step] for step in range(1, steps))]
+        evaluate.passes += 4 * one
+        return np.asarray(memo[key])
+
+    evaluate = Evaluations(fidelity, shares, memo, report)
+    evaluate.passes = 1.0  # the recordings
+    macs = np.array([block.macs for block in program.blocks], dtype=np.float64)
+    starts = [*(_fitting(template, mask) for mask in options.starts), *_deepcaches(program, template, budget, shares)]
+    found: Found = search(template, starts, rules, sensitivity, macs, budget, options.passes, evaluate, seed=0)
+    return found.mask.replace(
+        method="search", passes=round(found.passes, 1), fidelity_db=round(float(found.decibels.mean()), 3)
+    )
+
+
+def _by_scores(
+    relaxed: RelaxedDenoiser,
+    recordings: Sequence[Recording],
+    program: Program,
+    template: Mask,
+    rules: Sequence[str],
+    budget: float,
+    shares: Shares,
+    options: Paper,
+    memo: Memo,
+    processes: Processes,
+    bar: Any,
+) -> Mask:
+    steps = template.steps
+    weights = np.array([block.macs for block in program.blocks], dtype=np.float64) / max(1, program.macs)
+    weights = np.maximum(weights, 1e-6)
+    bar.total = round(options.epochs * (1 + 3 * options.updates) / len(recordings))
+    work = 1.0
+
+    def report(forwards: float, share: float) -> None:
+        nonlocal work
+        work += forwards / steps / len(recordings)
+        bar.update(forwards / steps / len(recordings))
+        if np.isfinite(share):
+            bar.set_postfix(share=f"{share:.3f}")
+
+    floor = shares(np.zeros_like(template.compute), rules)
+    scores = learn_scores(
+        relaxed, recordings, weights, floor, budget, rules, template.log_snr, options, 0, memo, processes, report
+    )
+    order = np.argsort(-scores, axis=None, kind="stable")
+    cells: list[Cell] = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, scores.shape), strict=True)]
+
+    def ruled(compute: Compute) -> Compute:
+        sample = f"input:{program.capture.names[0]}"
+        return apply_knowledge(program.dependencies, sample, template.blocks, compute, options.rectification)
+
+    start = np.zeros_like(template.compute)
+    start[0] = True
+    compute = ruled(fill(start, cells, lambda c: shares(ruled(c), rules), budget))
+    # What is worth least may be all that is left, and the knowledge rules take it away again.
+    compute = fill(compute, cells, lambda c: shares(c, rules), budget) if shares(compute, rules) < budget - TOLERANCE else compute
+    described = {**asdict(options), "rectification": list(options.rectification)}
+    return template.replace(compute, reuse=rules, method="paper", options=described, passes=round(work, 1), **converged(scores))
+
+
+def _check_alike(recordings: Sequence[Recording]) -> None:
+    first = recordings[0]
+    for other in recordings[1:]:
+        ours, theirs = ([len(step) for step in r.steps] for r in (first, other))
+        if ours != theirs or first.timesteps != other.timesteps:
+            raise ValueError(
+                f"sample({other.seed}) called the denoiser {sum(theirs)} times at {len(theirs)} timesteps, sample({first.seed}) "
+                f"{sum(ours)} times at {len(ours)}; a mask needs the same timesteps for every seed."
+            )
+
+
+def _template(program: Program, timesteps: Sequence[float], log_snr: Iterable[float] | None) -> Mask:
+    full = np.ones((len(timesteps), len(program.names)), dtype=np.bool_)
+    return Mask(
+        full, blocks=program.names, timesteps=timesteps, log_snr=log_snr, denoiser=program.denoiser, block_hash=program.block_hash
+    )
+
+
+def _rules(reuse: str | Sequence[str], template: Mask, options: Search | Paper) -> list[tuple[str, ...]]:
+    """Rules to choose from, each one for each block."""
+    if reuse == "auto":
+        wanted: Sequence[str | Sequence[str]] = ("linear", "hold") if isinstance(options, Search) else ("hold",)
+    else:
+        wanted = (reuse,)
+    assert set(RULES) == {"hold", "linear"}
+    return [template.replace(reuse=rule).reuse for rule in wanted]
+
+
+def _fitting(template: Mask, mask: Mask) -> Compute:
+    if (mask.blocks, mask.timesteps) != (template.blocks, template.timesteps):
+        raise MaskError("a mask to start from must be for the same blocks and timesteps as the one to learn.")
+    return mask.compute
+
+
+def _deepcaches(program: Program, template: Mask, budget: float, shares: Shares) -> list[Compute]:
+    """The densest DeepCache within the budget, with one, three and five leading steps; none where it does not apply."""
+    found = []
+    for warmup in (1, 3, 5):
+        for interval in range(2, template.steps):
+            try:
+                compute = deepcache(program, template.timesteps, interval, warmup=warmup).compute
+            except MaskError:
+                return []
+            if shares(compute) <= budget:
+                found.append(compute)
+                break
+    return found
+
+
+def rectified(mask: Mask, program: Program) -> Mask:
+    """The mask without decisions that nothing depends on."""
+    return rectify(mask, program)
+
+
+def _weights_hash(model: nn.Module) -> str:
+    """Tells checkpoints of one architecture apart, by the sums of their parameters."""
+    sums = [float(p.detach().double().sum()) for p in model.parameters() if not p.is_meta]
+    return f"{sum(sums):.9e} of {len(sums)}"

@@ -1,0 +1,71 @@
+"""Meet a share of the MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from maskcompile.mask import Mask, MaskError
+from maskcompile.program import Program
+from passes.dependencies import Slots
+from passes.plan import plan_run
+from passes.rectify import Compute
+
+#: (step, column of the block)
+Cell = tuple[int, int]
+
+#: How near to the budget learning comes, as a share of the MACs of the unmasked run.
+TOLERANCE = 0.01
+
+
+class Shares:
+    """compute -> share of the unmasked run's MACs, under the rules of a mask; remembered, since the search asks again."""
+
+    def __init__(self, program: Program, mask: Mask) -> None:
+        self.slots: Slots = program.slots
+        self.mask = mask
+        self.known: dict[tuple[bytes, tuple[str, ...]], float] = {}
+
+    def __call__(self, compute: Compute, rules: Sequence[str] | None = None) -> float:
+        rules = tuple(rules or self.mask.reuse)
+        key = (compute.tobytes(), rules)
+        if key not in self.known:
+            plans = plan_run(self.slots, self.mask.blocks, compute, rules, self.mask.log_snr)
+            self.known[key] = sum(plan.macs for plan in plans) / max(1, self.slots.total_macs * self.mask.steps)
+        return self.known[key]
+
+
+def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
+    """``base`` with as many of ``cells`` computed, from the first on, as the budget allows."""
+    order = [cell for cell in cells if not base[cell]]
+
+    def first(count: int) -> Compute:
+        compute = base.copy()
+        for cell in order[:count]:
+            compute[cell] = True
+        return compute
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if share(first(middle)) <= budget + 1e-9:
+            low = middle
+        else:
+            high = middle - 1
+    compute = first(low)
+    for cell in order[low : low + 4 * compute.shape[1]]:  # smaller blocks may fit where the next one does not
+        more = compute.copy()
+        more[cell] = True
+        if share(more) <= budget + 1e-9:
+            compute = more
+    return compute
+
+
+def check_budget(budget: float, floor: float) -> None:
+    """Raises MaskError for a budget outside 0..1, or below ``floor``, the share of what always runs."""
+    if not 0 < budget <= 1:
+        raise MaskError(f"budget is the share of the MACs to keep, above 0 and at most 1; got {budget:g}.")
+    if budget < floor:
+        raise MaskError(
+            f"a budget of {budget:g} is below {floor:.3f}, the share of the MACs that always run: the whole first step of a run, "
+            "and what lies outside every block. Give a larger budget, or more steps."
+        )

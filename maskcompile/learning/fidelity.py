@@ -1,0 +1,99 @@
+"""How faithful a mask is: whole sampling passes through the specialised graphs, against recorded ones without a mask.
+
+This is the true objective, of which errors at single steps say little: what a mask does at one step ages, adds up and is
+partly undone by the steps after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from maskcompile.learning.processes import Processes
+from maskcompile.learning.recording import Recording, Sample, instance_forward, outcome_of, restored_forward
+from maskcompile.mask import Mask
+from maskcompile.optimize import optimize
+
+#: Error to the reference, as a share of its power, below which nothing counts (80 dB).
+FLOOR = 1e-8
+#: Specialised graphs kept between masks; the search meets the same ones again and again.
+MOST_GRAPHS = 64
+
+
+class Fidelity:
+    """Runs masks. ``fidelity(mask)``: float64 [elements] in dB, 10 log10(power of the reference / squared error).
+
+    Each element of the outcome of each seed is one; the reference's power is its variance. Minus infinity where the outcome
+    is not finite. passes: denoiser work done so far, in unmasked passes over all seeds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Sample,
+        references: dict[int, Tensor],
+        seeds: Sequence[int],
+        full: Mask,
+        *,
+        backend: Any,
+        timestep: str | None,
+        processes: Processes,
+    ) -> None:
+        self.model, self.sample, self.seeds, self.processes = model, sample, tuple(seeds), processes
+        self.references = references
+        self.fast = optimize(model, full, backend=backend, timestep=timestep)
+        self.own_forward = instance_forward(model)
+
+    def __call__(self, mask: Mask, seeds: Sequence[int] | None = None) -> NDArray[np.float64]:
+        wanted = self.seeds if seeds is None else tuple(seeds)
+        own = {seed: self._of(mask, seed) for seed in self.processes.mine(wanted)}
+        every = self.processes.gather(own)
+        return np.concatenate([every[seed] for seed in wanted])
+
+    def _of(self, mask: Mask, seed: int) -> NDArray[np.float64]:
+        if mask != self.fast.mask:
+            self.fast.forget_graphs(MOST_GRAPHS)
+            self.fast.set_mask(mask)
+        self.fast.reset()
+        got = outcome_of(self.model, self.sample, seed, self._masked)
+        return fidelity(got, self.references[seed])
+
+    def _masked(self, *args: Any, **kwargs: Any) -> Any:
+        # The optimised denoiser may capture, which takes the model as it is.
+        with restored_forward(self.model, self.own_forward):
+            return self.fast(*args, **kwargs)
+
+
+def fidelity(outcome: Tensor, reference: Tensor) -> NDArray[np.float64]:
+    """float64 [elements] in dB of two outcomes [elements, numbers].
+
+    Raises ValueError where their shapes differ.
+    """
+    if outcome.shape != reference.shape:
+        raise ValueError(
+            f"sample(seed) came to {list(outcome.shape)} numbers with a mask and {list(reference.shape)} without; "
+            "it must do the same thing at every call."
+        )
+    power = reference.double().var(dim=1, unbiased=False).clamp_min(1e-30) if reference.shape[1] > 1 else torch.ones(len(reference))
+    error = (outcome.double() - reference.double()).square().mean(dim=1) / power
+    decibels = -10 * torch.log10(error.clamp_min(FLOOR))
+    return torch.where(error.isfinite(), decibels, -torch.inf).numpy()
+
+
+def better(candidate: NDArray[np.float64], incumbent: NDArray[np.float64]) -> bool:
+    """Whether the mean is higher by more than its standard error over the elements: not by the luck of these seeds."""
+    gain = candidate - incumbent
+    if not np.isfinite(gain).all():
+        return bool(np.isfinite(candidate).all())
+    error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return bool(gain.mean() > max(error, 1e-6))
+
+
+def reference_outcomes(recordings: Sequence[Recording]) -> dict[int, Tensor]:
+    """Of each seed."""
+    return {r.seed: r.outcome for r in recordings}

@@ -1,0 +1,122 @@
+"""Steps of a denoiser with scores in the place of decisions, differentiable in the scores alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from maskcompile.learning.recording import RecordedCall
+from maskcompile.signature import Call
+from passes.capture import Capture, Slot, capture, composite_modules
+from passes.plan import GraphKey
+from passes.reuse import recall
+from passes.relax import blendable, relax
+from passes.specialise import specialise
+
+#: What the blocks returned at a step, for each call of the step.
+Features = list[dict[Slot, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    capture: Capture
+    slots: tuple[Slot, ...]
+    observed: GraphModule
+    relaxed: GraphModule
+    results: int
+
+
+class RelaxedDenoiser:
+    """The graphs of a denoiser that learning needs, made once for each input signature. Weights get no gradients."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], known: Mapping[tuple[Any, ...], Capture]) -> None:
+        self.model, self.blocks = model, tuple(blocks)
+        self.known = dict(known)
+        self.graphs: dict[tuple[Any, ...], _Graphs] = {}
+
+    def observe(self, calls: Sequence[RecordedCall]) -> Features:
+        """What the blocks of the denoiser itself return at a step."""
+        features: Features = []
+        with torch.no_grad():
+            for recorded in calls:
+                graphs = self._of(recorded.call)
+                outputs = graphs.observed(*recorded.call.tensors)
+                features.append(dict(zip(graphs.slots, outputs[graphs.results :], strict=True)))
+        return features
+
+    def error(self, calls: Sequence[RecordedCall], cached: Features, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(error, its gradient in ``scores``) of one step: one forward and one backward of the denoiser for each call.
+
+        error: squared difference of the denoiser's outputs from the recorded ones, as a share of their power. scores: float32
+        [blocks], 1 computes, 0 takes what ``cached`` has. Both results are detached.
+        """
+        total, gradient = torch.zeros((), device=scores.device), torch.zeros_like(scores)
+        for position, recorded in enumerate(calls):
+            graphs = self._of(recorded.call)
+            own = scores.detach().clone().requires_grad_()
+            stored = cached[min(position, len(cached) - 1)]
+            weights = {name: p.detach() for name, p in graphs.relaxed.named_parameters()}
+            with torch.enable_grad():
+                inputs = (*recorded.call.tensors, *(stored[slot] for slot in graphs.slots), own)
+                outputs = torch.func.functional_call(graphs.relaxed, weights, inputs)[: graphs.results]
+                parts = [
+                    (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean().clamp_min(1e-20)
+                    for ours, theirs in zip(outputs, recorded.results, strict=True)
+                    if theirs.is_floating_point()
+                ]
+                error = torch.stack(parts).mean() / len(calls)
+                (slope,) = torch.autograd.grad(error, own, allow_unused=True)
+            total += error.detach()
+            gradient += torch.zeros_like(gradient) if slope is None else slope
+        return total, gradient
+
+    def _of(self, call: Call) -> _Graphs:
+        graphs = self.graphs.get(call.key)
+        if graphs is None:
+            captured = self.known.get(call.key)
+            if captured is None:
+                marked = {*composite_modules(self.model), *self.blocks}
+                captured = capture(self.model, call.args, call.kwargs, marked)
+            slots = blendable(captured, self.blocks)
+            observed = specialise(captured, GraphKey((), slots, 0))
+            results = sum(isinstance(leaf, torch.fx.Node) for leaf in captured.outputs)
+            graphs = _Graphs(captured, slots, observed, relax(captured, self.blocks), results)
+            self.graphs[call.key] = graphs
+        return graphs
+
+
+def recalled(
+    blocks: Sequence[str],
+    kept: Mapping[int, Features],
+    ran: Callable[[int], Sequence[int]],
+    step: int,
+    calls: int,
+    rules: Sequence[str],
+    log_snr: Sequence[float] | None,
+) -> Features:
+    """What stands for the outputs of the blocks at each of the calls of ``step``.
+
+    kept: what the blocks returned at earlier steps. ran: column of a block -> the steps of these at which it counts as
+    computed, rising. rules, log_snr: see ``Mask``. A call that a step had not is taken for its last one.
+    """
+    column = {block: index for index, block in enumerate(blocks)}
+
+    def at(when: int, position: int) -> dict[Slot, Tensor]:
+        return kept[when][min(position, len(kept[when]) - 1)]
+
+    features: Features = []
+    for position in range(calls):
+        cached: dict[Slot, Tensor] = {}
+        for slot in kept[max(kept)][0]:
+            index = column[slot.block]
+            made = recall(rules[index], ran(index), step, log_snr)
+            last = at(made.last, position)[slot]
+            value = last if made.before is None else last + made.c * (last - at(made.before, position)[slot])
+            cached[slot] = torch.where(value.isfinite(), value, last)
+        features.append(cached)
+    return features

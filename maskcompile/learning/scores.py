@@ -1,0 +1,217 @@
+"""The paper's method: learn a score for each step and block, every step by itself (arXiv 2603.19939).
+
+A step sees what the denoiser itself returned at the step before, as its cache. One update is one forward and one backward of
+the denoiser at one step, over a recorded input:
+
+    loss = a_t ||eps_masked - eps||^2 / ||eps||^2  +  l sum_b w_b s_b  +  l m sum_b w_b s_b (1 - s_b)
+
+with s the scores of the step, w_b the block's share of the MACs, a_t the timestep-aware scaling (the measured change of
+features between steps t - 1 and t, over its mean), l the price of a MAC, which follows the budget by itself, and m the
+bimodal regulariser's weight, which grows while learning. Its code is not public; what the paper leaves open is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskcompile.learning.memo import Memo
+from maskcompile.learning.processes import Processes
+from maskcompile.learning.recording import Recording
+from maskcompile.learning.relaxed import Features, RelaxedDenoiser, recalled
+from passes.knowledge import KNOWLEDGE
+
+RELAXATIONS = ("random", "gumbel")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The paper's method and its parts, for ``learn(method=...)``.
+
+    relaxation: "random" draws a mask from the scores at every update and hands its gradient on to them; "gumbel" blends by a
+    Gumbel-Softmax sample, whose temperature falls from 1 to 0.2. scaling: the timestep-aware scaling. bimodal: largest m of
+    the loss. rectification: knowledge rules applied to the learned mask (see ``maskcompile.rectify``). epochs: times that every
+    step is visited, each time at the next seed; updates: of a step at a visit. learning_rate: Adam's, on the logits.
+    """
+
+    relaxation: str = "random"
+    scaling: bool = True
+    bimodal: float = 1.0
+    rectification: tuple[str, ...] = tuple(KNOWLEDGE)
+    epochs: int = 15
+    updates: int = 4
+    learning_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.relaxation not in RELAXATIONS:
+            raise ValueError(f"relaxation is one of {', '.join(map(repr, RELAXATIONS))}; got {self.relaxation!r}.")
+        if unknown := [rule for rule in self.rectification if rule not in KNOWLEDGE]:
+            raise ValueError(f"a rule of rectification is one of {', '.join(map(repr, KNOWLEDGE))}; got {unknown[0]!r}.")
+        if self.epochs < 2 or self.updates < 1:
+            raise ValueError("the scores need at least two epochs of one update each.")
+
+
+@dataclass
+class _State:
+    """Logits of the scores and Adam's moments, float64 [steps, blocks] each; price: l of the loss."""
+
+    logits: NDArray[np.float64]
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+    price: float = 0.0
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        return 1 / (1 + np.exp(-self.logits))
+
+
+def learn_scores(
+    relaxed: RelaxedDenoiser,
+    recordings: Sequence[Recording],
+    weights: NDArray[np.float64],
+    floor: float,
+    budget: float,
+    rules: Sequence[str],
+    log_snr: Sequence[float] | None,
+    options: Paper,
+    seed: int,
+    memo: Memo,
+    processes: Processes,
+    report: Callable[[float, float], None],
+) -> NDArray[np.float64]:
+    """Scores float64 [steps, blocks] in 0..1; those of the first step, which computes everything, are 1.
+
+    weights: each block's share of a step's MACs. floor: share of the MACs that always run. rules, log_snr: see ``Mask``.
+    report(work, share) is told of work in forwards of single steps, and the expected share of the MACs.
+    Raises FloatingPointError with the step at which the loss is not finite. A killed run goes on at the last finished epoch.
+    """
+    steps, blocks = len(recordings[0].steps), len(weights)
+    scaling = _scaling(relaxed, recordings[0], memo, report) if options.scaling else np.ones(steps)
+    state = _State(*(np.zeros((steps, blocks)) for _ in range(3)))
+    own = processes.stretch(range(1, steps))
+    for epoch in range(options.epochs):
+        key = f"epoch {epoch}"
+        if key in memo:
+            saved = memo[key]
+            state = _State(*(np.asarray(saved[name]) for name in ("logits", "first", "second")), saved["price"])
+        else:
+            recording = recordings[epoch % len(recordings)]
+            rows = _epoch(relaxed, recording, own, weights, scaling, state, rules, log_snr, options, epoch, seed, report)
+            slopes = _merge(processes.gather(rows), state)
+            share = _expected(state, weights, floor)
+            if epoch == 0:  # at this price the loss is as steep in the MACs as it is in the fidelity
+                state.price = float(np.median(slopes / weights[None]))
+            else:
+                state.price *= float(np.clip((share / budget) ** 2, 0.5, 2.0))
+            memo[key] = {name: getattr(state, name).tolist() for name in ("logits", "first", "second")} | {"price": state.price}
+        report(0.0, _expected(state, weights, floor))
+    scores = state.scores
+    scores[0] = 1.0
+    return scores
+
+
+def converged(scores: NDArray[np.float64]) -> dict[str, object]:
+    """The histogram of the scores after the first step in tenths, and the fraction within 0.1 of 0 or 1."""
+    counts, _ = np.histogram(scores[1:], bins=10, range=(0.0, 1.0))
+    near = float(((scores[1:] <= 0.1) | (scores[1:] >= 0.9)).mean()) if scores[1:].size else 1.0
+    return {"score_histogram": counts.tolist(), "scores_near_0_or_1": round(near, 4)}
+
+
+_Row = tuple[list[float], list[float], list[float], list[float]]
+
+
+def _epoch(
+    relaxed: RelaxedDenoiser,
+    recording: Recording,
+    own: Sequence[int],
+    weights: NDArray[np.float64],
+    scaling: NDArray[np.float64],
+    state: _State,
+    rules: Sequence[str],
+    log_snr: Sequence[float] | None,
+    options: Paper,
+    epoch: int,
+    seed: int,
+    report: Callable[[float, float], None],
+) -> dict[int, _Row]:
+    """step -> (logits, first moments, second moments, steepness of the fidelity), for the steps ``own``, rising."""
+    rows: dict[int, _Row] = {}
+    kept: dict[int, Features] = {}
+    progress = epoch / max(1, options.epochs - 1)
+    for step in own:
+        calls = recording.steps[step]
+        for at in (step - 2, step - 1):  # what is not there yet: at the start of a stretch
+            if at >= 0 and at not in kept:
+                kept[at] = relaxed.observe(recording.steps[at])
+                report(1.0, float("nan"))
+        ran = [at for at in (step - 2, step - 1) if at >= 0]
+        cached = recalled(relaxed.blocks, kept, lambda _: ran, step, len(calls), rules, log_snr)
+        logits, first, second = state.logits[step].copy(), state.first[step].copy(), state.second[step].copy()
+        steepness = np.zeros_like(logits)
+        for update in range(options.updates):
+            generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch, step, update]).generate_state(1)[0]))
+            drawn, slope = _draw(torch.from_numpy(logits), options.relaxation, progress, generator)
+            device = calls[0].call.tensors[0].device
+            error, gradient = relaxed.error(calls, cached, drawn.float().to(device))
+            if not (error.isfinite() and gradient.isfinite().all()):
+                raise FloatingPointError(f"the loss is not finite at step {step} (timestep {recording.timesteps[step]:g}).")
+            scores = 1 / (1 + np.exp(-logits))
+            fidelity = scaling[step] * gradient.double().cpu().numpy()
+            cost = state.price * weights * (1 + options.bimodal * progress * (1 - 2 * scores))
+            total = fidelity * slope.numpy() + cost * scores * (1 - scores)
+            count = epoch * options.updates + update + 1
+            first = 0.9 * first + 0.1 * total
+            second = 0.99 * second + 0.01 * total**2
+            change = (first / (1 - 0.9**count)) / (np.sqrt(second / (1 - 0.99**count)) + 1e-12)
+            logits = logits - options.learning_rate * change
+            steepness += np.abs(fidelity) / options.updates
+            report(3.0, float("nan"))
+        rows[step] = (logits.tolist(), first.tolist(), second.tolist(), steepness.tolist())
+        kept = {at: features for at, features in kept.items() if at >= step - 1}
+    return rows
+
+
+def _merge(rows: dict[int, _Row], state: _State) -> NDArray[np.float64]:
+    """Take over the rows of all processes; float64 [steps visited, blocks], how steep the fidelity was."""
+    for step, (logits, first, second, _) in rows.items():
+        state.logits[step], state.first[step], state.second[step] = logits, first, second
+    return np.array([rows[step][3] for step in sorted(rows)])
+
+
+def _expected(state: _State, weights: NDArray[np.float64], floor: float) -> float:
+    """Share of the MACs that the scores stand for."""
+    steps = len(state.logits)
+    return floor + float((state.scores[1:] * weights[None]).sum()) / steps
+
+
+def _draw(logits: Tensor, relaxation: str, progress: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(scores to run with, their derivative in the logits), float64 [blocks] each."""
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    scores = logits.sigmoid()
+    if relaxation == "random":
+        return (uniform < scores).double(), scores * (1 - scores)
+    temperature = 0.2**progress
+    soft = ((logits + uniform.log() - (1 - uniform).log()) / temperature).sigmoid()
+    return soft, soft * (1 - soft) / temperature
+
+
+def _scaling(
+    relaxed: RelaxedDenoiser, recording: Recording, memo: Memo, report: Callable[[float, float], None]
+) -> NDArray[np.float64]:
+    """a_t: the relative change of the blocks' outputs from the step before, over its mean; 1 at the first step."""
+    if "scaling" not in memo:
+        changes, before = [], None
+        for calls in recording.steps:
+            features = relaxed.observe(calls)[0]
+            if before is not None:
+                parts = [((features[s] - before[s]).norm() / features[s].norm().clamp_min(1e-20)).item() for s in features]
+                changes.append(float(np.mean(parts)))
+            before = features
+            report(1.0, float("nan"))
+        memo["scaling"] = [1.0, *(np.asarray(changes) / max(float(np.mean(changes)), 1e-20)).tolist()]
+    return np.asarray(memo["scaling"])
