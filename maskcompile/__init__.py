@@ -17,6 +17,8 @@ if getattr(passes, "OWNER", None) != "maskcompile":
 from maskcompile import schedules
 from maskcompile._version import __version__
 from maskcompile.accounting import Cost, cost, count_macs, rectify
+from maskcompile.learn import Search, learn
+from maskcompile.learning.scores import Paper
 from maskcompile.mask import Mask, MaskError
 from maskcompile.optimize import optimize
 from maskcompile.program import Program, trace
@@ -33,11 +35,14 @@ __all__ = [
     "Mask",
     "MaskError",
     "OptimizedDenoiser",
+    "Paper",
     "Program",
     "Report",
+    "Search",
     "__version__",
     "cost",
     "count_macs",
+    "learn",
     "log_snr",
     "optimize",
     "rectify",

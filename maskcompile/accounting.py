@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from maskcompile.program import Program
 from maskcompile.signature import bind
 from passes.capture import kept_state
 from passes.dependencies import Slots, slot_dependencies
+from passes.knowledge import KNOWLEDGE, apply_knowledge
 from passes.plan import Plan, plan_run, share_graphs
+from passes.rectify import Compute
 from passes.rectify import rectify as _rectify
 
 
@@ -96,11 +99,22 @@ def cost(program: Program, mask: Mask) -> Cost:
     )
 
 
-def rectify(mask: Mask, program: Program) -> Mask:
-    """The cheapest mask that gives bit-identical results: True only where a block has to run.
+def rectify(mask: Mask, program: Program, rules: Sequence[str] = ()) -> Mask:
+    """The cheapest mask that gives bit-identical results, True only where a block has to run; cheaper still by ``rules``.
 
-    The rule is liveness on the denoiser unrolled over steps; see ``passes.rectify``. ``optimize`` applies it by itself, so
-    that rectifying first changes no result and no speed, only what the mask says.
+    Liveness on the denoiser unrolled over steps is lossless (see ``passes.rectify``). ``optimize`` applies it by itself, so
+    that rectifying first changes no result and no speed, only what the mask says. rules: names of knowledge-guided rules,
+    which change results a little ("reused_inputs", "reused_consumers"; see ``passes.knowledge``), applied before.
+
+    Raises MaskError for a rule that does not exist, or a block that the program has no record of.
     """
-    cheapest = _rectify(slots_of(program, mask), mask.blocks, mask.compute, mask.reuse, mask.log_snr)
-    return mask.replace(cheapest, rectified=["liveness"])
+    if unknown := [rule for rule in rules if rule not in KNOWLEDGE]:
+        raise MaskError(f"a rule of rectification is one of {', '.join(map(repr, KNOWLEDGE))}; got {unknown[0]!r}.")
+    compute = by_knowledge(program, mask.blocks, mask.compute, rules)
+    cheapest = _rectify(slots_of(program, mask), mask.blocks, compute, mask.reuse, mask.log_snr)
+    return mask.replace(cheapest, rectified=[*rules, "liveness"])
+
+
+def by_knowledge(program: Program, blocks: Sequence[str], compute: Compute, rules: Sequence[str]) -> Compute:
+    """``passes.knowledge.apply_knowledge`` for a program; by convention the sample is the denoiser's first tensor argument."""
+    return apply_knowledge(program.dependencies, f"input:{program.capture.names[0]}", blocks, compute, rules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,25 +15,23 @@ from torch import nn
 from tqdm import tqdm
 
 from maskcompile._version import __version__
-from maskcompile.accounting import rectify
-from maskcompile.learning.budget import TOLERANCE, Cell, Shares, check_budget, fill
-from maskcompile.learning.fidelity import Fidelity, reference_outcomes
+from maskcompile.accounting import by_knowledge
+from maskcompile.learning.budget import TOLERANCE, Shares, check_budget, fill, ranked
+from maskcompile.learning.fidelity import Fidelity
 from maskcompile.learning.memo import Memo
 from maskcompile.learning.processes import Processes, launched
 from maskcompile.learning.recording import Recording, Sample, record
 from maskcompile.learning.relaxed import RelaxedDenoiser
-from maskcompile.learning.scores import Paper, converged, learn_scores
-from maskcompile.learning.search import Evaluations, Found, search
-from maskcompile.learning.sensitivity import sensitivities
+from maskcompile.learning.scores import Paper, Target, converged, learn_scores
+from maskcompile.learning.search import Evaluations, search
+from maskcompile.learning.sensitivity import AT, sensitivities
 from maskcompile.mask import Mask, MaskError
 from maskcompile.program import Program, trace
 from maskcompile.runtime import OptimizedDenoiser
 from maskcompile.schedules import deepcache
 from maskcompile.signature import check_capturable
 from passes.blocks import BlockSelection
-from passes.knowledge import apply_knowledge
 from passes.rectify import Compute
-from passes.reuse import RULES
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,9 @@ class Search:
 
     passes: float = 150.0
     starts: tuple[Mask, ...] = ()
+
+
+METHODS: dict[str, Search | Paper] = {"search": Search(), "paper": Paper()}
 
 
 def learn(
@@ -73,7 +75,7 @@ def learn(
     step by itself; or one of these with options, ``Search(passes=...)``, ``Paper(relaxation="gumbel", ...)``. reuse: a rule
     of ``Mask``, or one for each block; "auto" lets the search choose, and holds in the paper's method. log_snr: of each step,
     see ``Mask``; *linear* gains by it. seeds: sampling passes to learn from. blocks: what may be reused, see ``trace``.
-    timestep: name of the parameter that carries it, where it is unusual. backend: that masked passes run with, see ``optimize``.
+    timestep: name of the parameter that carries it, where it is unusual. backend: of masked passes, see ``optimize``.
     checkpoint: a file that learning goes on from when it is interrupted, to the same mask. progress: show a bar.
 
     Under ``accelerate launch`` or torchrun the processes share the work and all return the same mask as one alone would.
@@ -85,8 +87,8 @@ def learn(
     if isinstance(model, OptimizedDenoiser):
         raise ValueError("this denoiser is already optimised; learn with the original: learn(fast.original, ...).")
     check_capturable(model)
-    options = {"search": Search(), "paper": Paper()}.get(method) if isinstance(method, str) else method
-    if options is None:
+    options = METHODS.get(method, method) if isinstance(method, str) else method
+    if not isinstance(options, Search | Paper):
         raise ValueError(f"method is 'search' or 'paper', or Search(...) or Paper(...); got {method!r}.")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds are one or more different numbers; got {list(seeds)}.")
@@ -98,116 +100,103 @@ def learn(
         program = trace(model, *first.args, blocks=blocks, **first.kwargs)
         template = _template(program, recordings[0].timesteps, log_snr)
         rules = _rules(reuse, template, options)
-        shares = Shares(program, template.replace(reuse=rules[0]))
+        template = template.replace(reuse=rules[0])
+        shares = Shares(program, template)
         check_budget(budget, shares(np.zeros_like(template.compute)))
         settings = {
             "denoiser": program.denoiser, "block hash": program.block_hash, "blocks": program.names,
             "timesteps": template.timesteps, "log-SNR": template.log_snr, "budget": budget, "seeds": list(seeds),
-            "reuse rule": rules, "method": [type(options).__name__, repr(options)], "weights": _weights_hash(model),
+            "reuse rule": rules, "method": [type(options).__name__, repr(options)], "weights": _weights_sum(model),
         }  # fmt: skip
         memo = Memo(checkpoint, settings, writes=processes.rank == 0)
         relaxed = RelaxedDenoiser(model, program.names, {first.key: program.capture})
         with tqdm(desc="learning", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
+            learning = _Learning(recordings, program, template, budget, shares, relaxed, memo, processes, bar)
             if isinstance(options, Paper):
-                mask = _by_scores(relaxed, recordings, program, template, rules[0], budget, shares, options, memo, processes, bar)
+                mask = _by_scores(learning, options)
             else:
-                fidelity = Fidelity(
-                    model, sample, reference_outcomes(recordings), seeds, template,
-                    backend=backend, timestep=timestep, processes=processes,
-                )  # fmt: skip
-                mask = _by_search(relaxed, recordings, program, template, rules, budget, shares, options, fidelity, memo, bar)
+                references = {r.seed: r.outcome for r in recordings}
+                fidelity = Fidelity(model, sample, references, template, backend, timestep, processes)
+                mask = _by_search(learning, options, rules, fidelity)
     share = shares(mask.compute, mask.reuse)
     if share < budget - TOLERANCE:
-        tqdm.write(f"maskcompile.learn: kept {share:.3f} of the MACs where the budget is {budget:g}: no block is small enough "
-                   "to come nearer, or nothing more is worth computing.")  # fmt: skip
-    return mask.replace(
-        budget=budget, share=round(share, 5), seeds=list(seeds), torch=torch.__version__, maskcompile=__version__
-    )
+        warnings.warn(
+            f"the learned mask keeps {share:.3f} of the MACs, and the budget is {budget:g}: no block is small enough for more.",
+            stacklevel=2,
+        )
+    found: dict[str, Any] = {"budget": budget, "share": round(share, 5), "seeds": list(seeds)}
+    return mask.replace(**found, torch=torch.__version__, maskcompile=__version__)
 
 
-def _by_search(
-    relaxed: RelaxedDenoiser,
-    recordings: Sequence[Recording],
-    program: Program,
-    template: Mask,
-    rules: Sequence[Sequence[str]],
-    budget: float,
-    shares: Shares,
-    options: Search,
-    fidelity: Fidelity,
-    memo: Memo,
-    bar: Any,
-) -> Mask:
-    steps, one = template.steps, 1 / len(recordings)
-    bar.total = options.passes
+@dataclass(frozen=True)
+class _Learning:
+    """What both methods need. template: the full mask, with the rules to learn for."""
 
-    def report(work: float) -> None:
-        bar.update(work)
+    recordings: Sequence[Recording]
+    program: Program
+    template: Mask
+    budget: float
+    shares: Shares
+    relaxed: RelaxedDenoiser
+    memo: Memo
+    processes: Processes
+    bar: Any
+
+
+def _by_search(learning: _Learning, options: Search, rules: Sequence[Sequence[str]], fidelity: Fidelity) -> Mask:
+    template, memo, recordings = learning.template, learning.memo, learning.recordings
+    learning.bar.total = options.passes
+    evaluate = Evaluations(fidelity, learning.shares, memo, learning.bar)
+    evaluate.spend(1.0)  # the recordings
 
     def sensitivity(mask: Mask) -> NDArray[np.float64]:
-        key = "sensitivity"
-        if key not in memo:
-            mine = fidelity.processes.stretch(range(1, steps))
-            rows = sensitivities(relaxed, recordings[0], mask, mine)
-            every = fidelity.processes.gather({step: row.tolist() for step, row in rows.items()})
-            memo[key] = [[0.0] * len(mask.blocks), *(every[step] for step in range(1, steps))]
-        evaluate.passes += 4 * one
-        return np.asarray(memo[key])
+        if "sensitivity" not in memo:
+            steps = range(1, template.steps)
+            rows = sensitivities(learning.relaxed, recordings[0], mask, learning.processes.stretch(steps))
+            every = learning.processes.gather({step: row.tolist() for step, row in rows.items()})
+            memo["sensitivity"] = [[0.0] * len(mask.blocks), *(every[step] for step in steps)]
+        evaluate.spend((1 + 3 * len(AT)) / len(recordings))
+        return np.asarray(memo["sensitivity"])
 
-    evaluate = Evaluations(fidelity, shares, memo, report)
-    evaluate.passes = 1.0  # the recordings
-    macs = np.array([block.macs for block in program.blocks], dtype=np.float64)
-    starts = [*(_fitting(template, mask) for mask in options.starts), *_deepcaches(program, template, budget, shares)]
-    found: Found = search(template, starts, rules, sensitivity, macs, budget, options.passes, evaluate, seed=0)
+    starts = [_fitting(template, mask) for mask in options.starts]
+    starts += _deepcaches(learning.program, template, learning.budget, learning.shares)
+    macs = np.array([block.macs for block in learning.program.blocks], dtype=np.float64)
+    found = search(template, starts, rules, sensitivity, macs, learning.budget, options.passes, evaluate)
     return found.mask.replace(
-        method="search", passes=round(found.passes, 1), fidelity_db=round(float(found.decibels.mean()), 3)
+        method="search", passes=round(evaluate.passes, 1), fidelity_db=round(float(found.decibels.mean()), 3)
     )
 
 
-def _by_scores(
-    relaxed: RelaxedDenoiser,
-    recordings: Sequence[Recording],
-    program: Program,
-    template: Mask,
-    rules: Sequence[str],
-    budget: float,
-    shares: Shares,
-    options: Paper,
-    memo: Memo,
-    processes: Processes,
-    bar: Any,
-) -> Mask:
-    steps = template.steps
-    weights = np.array([block.macs for block in program.blocks], dtype=np.float64) / max(1, program.macs)
-    weights = np.maximum(weights, 1e-6)
-    bar.total = round(options.epochs * (1 + 3 * options.updates) / len(recordings))
-    work = 1.0
+def _by_scores(learning: _Learning, options: Paper) -> Mask:
+    template, program, budget, bar = learning.template, learning.program, learning.budget, learning.bar
+    macs = np.array([block.macs for block in program.blocks], dtype=np.float64)
+    passes = 1.0  # the recordings
+    bar.total = round(options.epochs * (1 + 3 * options.updates) / len(learning.recordings))
 
-    def report(forwards: float, share: float) -> None:
-        nonlocal work
-        work += forwards / steps / len(recordings)
-        bar.update(forwards / steps / len(recordings))
-        if np.isfinite(share):
+    def report(forwards: float, share: float | None = None) -> None:
+        nonlocal passes
+        work = forwards / template.steps / len(learning.recordings)
+        passes += work
+        bar.update(work)
+        if share is not None:
             bar.set_postfix(share=f"{share:.3f}")
 
-    floor = shares(np.zeros_like(template.compute), rules)
-    scores = learn_scores(
-        relaxed, recordings, weights, floor, budget, rules, template.log_snr, options, 0, memo, processes, report
-    )
-    order = np.argsort(-scores, axis=None, kind="stable")
-    cells: list[Cell] = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, scores.shape), strict=True)]
+    floor = learning.shares(np.zeros_like(template.compute))
+    target = Target(np.maximum(macs / max(1, program.macs), 1e-6), floor, budget, template.reuse, template.log_snr)
+    scores = learn_scores(learning.relaxed, learning.recordings, target, options, learning.memo, learning.processes, report)
 
     def ruled(compute: Compute) -> Compute:
-        sample = f"input:{program.capture.names[0]}"
-        return apply_knowledge(program.dependencies, sample, template.blocks, compute, options.rectification)
+        return by_knowledge(program, template.blocks, compute, options.rectification)
 
     start = np.zeros_like(template.compute)
     start[0] = True
-    compute = ruled(fill(start, cells, lambda c: shares(ruled(c), rules), budget))
-    # What is worth least may be all that is left, and the knowledge rules take it away again.
-    compute = fill(compute, cells, lambda c: shares(c, rules), budget) if shares(compute, rules) < budget - TOLERANCE else compute
-    described = {**asdict(options), "rectification": list(options.rectification)}
-    return template.replace(compute, reuse=rules, method="paper", options=described, passes=round(work, 1), **converged(scores))
+    cells = ranked(scores)
+    compute = ruled(fill(start, cells, lambda c: learning.shares(ruled(c)), budget))
+    if learning.shares(compute) < budget - TOLERANCE:  # the rules took away all that was left to add
+        compute = fill(compute, cells, learning.shares, budget)
+    described: dict[str, Any] = {"options": {**asdict(options), "rectification": list(options.rectification)}}
+    described |= converged(scores)
+    return template.replace(compute, method="paper", passes=round(passes, 1), **described)
 
 
 def _check_alike(recordings: Sequence[Recording]) -> None:
@@ -216,16 +205,15 @@ def _check_alike(recordings: Sequence[Recording]) -> None:
         ours, theirs = ([len(step) for step in r.steps] for r in (first, other))
         if ours != theirs or first.timesteps != other.timesteps:
             raise ValueError(
-                f"sample({other.seed}) called the denoiser {sum(theirs)} times at {len(theirs)} timesteps, sample({first.seed}) "
-                f"{sum(ours)} times at {len(ours)}; a mask needs the same timesteps for every seed."
+                f"sample({other.seed}) called the denoiser {sum(theirs)} times at {len(theirs)} timesteps, "
+                f"sample({first.seed}) {sum(ours)} times at {len(ours)}; a mask needs the same timesteps for every seed."
             )
 
 
 def _template(program: Program, timesteps: Sequence[float], log_snr: Iterable[float] | None) -> Mask:
     full = np.ones((len(timesteps), len(program.names)), dtype=np.bool_)
-    return Mask(
-        full, blocks=program.names, timesteps=timesteps, log_snr=log_snr, denoiser=program.denoiser, block_hash=program.block_hash
-    )
+    made_for: dict[str, Any] = {"denoiser": program.denoiser, "block_hash": program.block_hash}
+    return Mask(full, blocks=program.names, timesteps=timesteps, log_snr=log_snr, **made_for)
 
 
 def _rules(reuse: str | Sequence[str], template: Mask, options: Search | Paper) -> list[tuple[str, ...]]:
@@ -234,7 +222,6 @@ def _rules(reuse: str | Sequence[str], template: Mask, options: Search | Paper) 
         wanted: Sequence[str | Sequence[str]] = ("linear", "hold") if isinstance(options, Search) else ("hold",)
     else:
         wanted = (reuse,)
-    assert set(RULES) == {"hold", "linear"}
     return [template.replace(reuse=rule).reuse for rule in wanted]
 
 
@@ -259,12 +246,7 @@ def _deepcaches(program: Program, template: Mask, budget: float, shares: Shares)
     return found
 
 
-def rectified(mask: Mask, program: Program) -> Mask:
-    """The mask without decisions that nothing depends on."""
-    return rectify(mask, program)
-
-
-def _weights_hash(model: nn.Module) -> str:
+def _weights_sum(model: nn.Module) -> str:
     """Tells checkpoints of one architecture apart, by the sums of their parameters."""
     sums = [float(p.detach().double().sum()) for p in model.parameters() if not p.is_meta]
     return f"{sum(sums):.9e} of {len(sums)}"

@@ -27,7 +27,7 @@ def reused_inputs(graph: nx.DiGraph, sample: str, blocks: Sequence[str], compute
     sources = {b: [p for p in graph.predecessors(b) if p in set(blocks)] if b in graph else [] for b in blocks}
     column = {block: index for index, block in enumerate(blocks)}
     eligible = [b for b in _in_order(graph, blocks) if sources[b] and sample not in graph.predecessors(b)]
-    last = {block: -1 for block in blocks}
+    last = dict.fromkeys(blocks, -1)
     for step, row in enumerate(result):
         for block in eligible:
             if row[column[block]] and last[block] >= 0:
@@ -55,9 +55,7 @@ def reused_consumers(graph: nx.DiGraph, sample: str, blocks: Sequence[str], comp
 KNOWLEDGE: dict[str, Rule] = {"reused_inputs": reused_inputs, "reused_consumers": reused_consumers}
 
 
-def apply_knowledge(
-    graph: nx.DiGraph, sample: str, blocks: Sequence[str], compute: Compute, rules: Sequence[str]
-) -> Compute:
+def apply_knowledge(graph: nx.DiGraph, sample: str, blocks: Sequence[str], compute: Compute, rules: Sequence[str]) -> Compute:
     """Apply rules of ``KNOWLEDGE`` until none changes anything: bool [steps, len(blocks)].
 
     Raises KeyError for a rule that does not exist.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from maskcompile.mask import Mask, MaskError
 from maskcompile.program import Program
 from passes.dependencies import Slots
 from passes.plan import plan_run
-from passes.rectify import Compute
+from passes.rectify import Compute, rectify
 
 #: (step, column of the block)
 Cell = tuple[int, int]
@@ -32,6 +35,10 @@ class Shares:
             plans = plan_run(self.slots, self.mask.blocks, compute, rules, self.mask.log_snr)
             self.known[key] = sum(plan.macs for plan in plans) / max(1, self.slots.total_macs * self.mask.steps)
         return self.known[key]
+
+    def rectified(self, mask: Mask) -> Compute:
+        """The mask's decisions without those that nothing depends on."""
+        return rectify(self.slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
 
 
 def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
@@ -60,12 +67,18 @@ def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float]
     return compute
 
 
+def ranked(value: NDArray[np.float64]) -> list[Cell]:
+    """All cells of float64 [steps, blocks], those of the largest value first."""
+    order = np.argsort(-value, axis=None, kind="stable")
+    return [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, value.shape), strict=True)]
+
+
 def check_budget(budget: float, floor: float) -> None:
     """Raises MaskError for a budget outside 0..1, or below ``floor``, the share of what always runs."""
     if not 0 < budget <= 1:
         raise MaskError(f"budget is the share of the MACs to keep, above 0 and at most 1; got {budget:g}.")
     if budget < floor:
         raise MaskError(
-            f"a budget of {budget:g} is below {floor:.3f}, the share of the MACs that always run: the whole first step of a run, "
-            "and what lies outside every block. Give a larger budget, or more steps."
+            f"a budget of {budget:g} is below {floor:.3f}, the share of the MACs that always run: the whole first step of a "
+            "run, and what lies outside every block. Give a larger budget, or more steps."
         )

@@ -6,7 +6,7 @@ partly undone by the steps after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maskcompile.learning.processes import Processes
-from maskcompile.learning.recording import Recording, Sample, instance_forward, outcome_of, restored_forward
+from maskcompile.learning.recording import Sample, instance_forward, outcome_of, restored_forward
 from maskcompile.mask import Mask
 from maskcompile.optimize import optimize
 
@@ -29,23 +29,21 @@ class Fidelity:
     """Runs masks. ``fidelity(mask)``: float64 [elements] in dB, 10 log10(power of the reference / squared error).
 
     Each element of the outcome of each seed is one; the reference's power is its variance. Minus infinity where the outcome
-    is not finite. passes: denoiser work done so far, in unmasked passes over all seeds.
+    is not finite. references: seed -> what it comes to without a mask.
     """
 
     def __init__(
         self,
         model: nn.Module,
         sample: Sample,
-        references: dict[int, Tensor],
-        seeds: Sequence[int],
+        references: Mapping[int, Tensor],
         full: Mask,
-        *,
-        backend: Any,
+        backend: str | Callable[..., Any],
         timestep: str | None,
         processes: Processes,
     ) -> None:
-        self.model, self.sample, self.seeds, self.processes = model, sample, tuple(seeds), processes
-        self.references = references
+        self.model, self.sample, self.references, self.processes = model, sample, references, processes
+        self.seeds = tuple(references)
         self.fast = optimize(model, full, backend=backend, timestep=timestep)
         self.own_forward = instance_forward(model)
 
@@ -79,7 +77,9 @@ def fidelity(outcome: Tensor, reference: Tensor) -> NDArray[np.float64]:
             f"sample(seed) came to {list(outcome.shape)} numbers with a mask and {list(reference.shape)} without; "
             "it must do the same thing at every call."
         )
-    power = reference.double().var(dim=1, unbiased=False).clamp_min(1e-30) if reference.shape[1] > 1 else torch.ones(len(reference))
+    many = reference.shape[1] > 1
+    power = reference.double().var(dim=1, unbiased=False) if many else reference.double().square()[:, 0]
+    power = power.clamp_min(1e-30)
     error = (outcome.double() - reference.double()).square().mean(dim=1) / power
     decibels = -10 * torch.log10(error.clamp_min(FLOOR))
     return torch.where(error.isfinite(), decibels, -torch.inf).numpy()
@@ -92,8 +92,3 @@ def better(candidate: NDArray[np.float64], incumbent: NDArray[np.float64]) -> bo
         return bool(np.isfinite(candidate).all())
     error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return bool(gain.mean() > max(error, 1e-6))
-
-
-def reference_outcomes(recordings: Sequence[Recording]) -> dict[int, Tensor]:
-    """Of each seed."""
-    return {r.seed: r.outcome for r in recordings}

@@ -35,7 +35,7 @@ class Processes:
         return pieces[cut[self.rank] : cut[self.rank + 1]]
 
     def gather(self, results: Mapping[Key, Value]) -> dict[Key, Value]:
-        """The results of all processes, in each. A process that fails fails here too, so that none waits for it for ever."""
+        """The results of all processes, in each. Where one has failed, its launcher ends the others."""
         if self.count == 1:
             return dict(results)
         everyone: list[Any] = [None] * self.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from maskcompile.learning.recording import RecordedCall
 from maskcompile.signature import Call
 from passes.capture import Capture, Slot, capture, composite_modules
 from passes.plan import GraphKey
-from passes.reuse import recall
 from passes.relax import blendable, relax
+from passes.reuse import recall
 from passes.specialise import specialise
 
 #: What the blocks returned at a step, for each call of the step.
@@ -93,7 +93,7 @@ class RelaxedDenoiser:
 def recalled(
     blocks: Sequence[str],
     kept: Mapping[int, Features],
-    ran: Callable[[int], Sequence[int]],
+    ran: Sequence[Sequence[int]],
     step: int,
     calls: int,
     rules: Sequence[str],
@@ -101,8 +101,8 @@ def recalled(
 ) -> Features:
     """What stands for the outputs of the blocks at each of the calls of ``step``.
 
-    kept: what the blocks returned at earlier steps. ran: column of a block -> the steps of these at which it counts as
-    computed, rising. rules, log_snr: see ``Mask``. A call that a step had not is taken for its last one.
+    kept: what the blocks returned at earlier steps. ran: for each block, the steps at which it counts as computed,
+    rising. rules, log_snr: see ``Mask``. A call that a step had not is taken for its last one.
     """
     column = {block: index for index, block in enumerate(blocks)}
 
@@ -114,7 +114,7 @@ def recalled(
         cached: dict[Slot, Tensor] = {}
         for slot in kept[max(kept)][0]:
             index = column[slot.block]
-            made = recall(rules[index], ran(index), step, log_snr)
+            made = recall(rules[index], ran[index], step, log_snr)
             last = at(made.last, position)[slot]
             value = last if made.before is None else last + made.c * (last - at(made.before, position)[slot])
             cached[slot] = torch.where(value.isfinite(), value, last)

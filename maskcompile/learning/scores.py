@@ -12,8 +12,9 @@ bimodal regulariser's weight, which grows while learning. Its code is not public
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,12 @@ from maskcompile.learning.relaxed import Features, RelaxedDenoiser, recalled
 from passes.knowledge import KNOWLEDGE
 
 RELAXATIONS = ("random", "gumbel")
+
+
+class Report(Protocol):
+    """Is told of work done, in forwards of single steps, and of the share of the MACs where it is known."""
+
+    def __call__(self, forwards: float, share: float | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -70,46 +77,56 @@ class _State:
         return 1 / (1 + np.exp(-self.logits))
 
 
+@dataclass(frozen=True)
+class Target:
+    """What the scores are for. weights: float64 [blocks], each block's share of a step's MACs. floor: share of the MACs that
+    always run. budget: share to keep. rules, log_snr: see ``Mask``."""
+
+    weights: NDArray[np.float64]
+    floor: float
+    budget: float
+    rules: Sequence[str]
+    log_snr: Sequence[float] | None
+
+    def share(self, scores: NDArray[np.float64]) -> float:
+        """Share of the MACs that scores [steps, blocks] stand for."""
+        return self.floor + float((scores[1:] * self.weights).sum()) / len(scores)
+
+
 def learn_scores(
     relaxed: RelaxedDenoiser,
     recordings: Sequence[Recording],
-    weights: NDArray[np.float64],
-    floor: float,
-    budget: float,
-    rules: Sequence[str],
-    log_snr: Sequence[float] | None,
+    target: Target,
     options: Paper,
-    seed: int,
     memo: Memo,
     processes: Processes,
-    report: Callable[[float, float], None],
+    report: Report,
+    seed: int = 0,
 ) -> NDArray[np.float64]:
     """Scores float64 [steps, blocks] in 0..1; those of the first step, which computes everything, are 1.
 
-    weights: each block's share of a step's MACs. floor: share of the MACs that always run. rules, log_snr: see ``Mask``.
-    report(work, share) is told of work in forwards of single steps, and the expected share of the MACs.
     Raises FloatingPointError with the step at which the loss is not finite. A killed run goes on at the last finished epoch.
     """
-    steps, blocks = len(recordings[0].steps), len(weights)
+    steps, blocks = len(recordings[0].steps), len(target.weights)
     scaling = _scaling(relaxed, recordings[0], memo, report) if options.scaling else np.ones(steps)
-    state = _State(*(np.zeros((steps, blocks)) for _ in range(3)))
+    state = _State(np.zeros((steps, blocks)), np.zeros((steps, blocks)), np.zeros((steps, blocks)))
     own = processes.stretch(range(1, steps))
     for epoch in range(options.epochs):
         key = f"epoch {epoch}"
         if key in memo:
             saved = memo[key]
-            state = _State(*(np.asarray(saved[name]) for name in ("logits", "first", "second")), saved["price"])
+            logits, first, second = (np.asarray(saved[name]) for name in ("logits", "first", "second"))
+            state = _State(logits, first, second, saved["price"])
         else:
             recording = recordings[epoch % len(recordings)]
-            rows = _epoch(relaxed, recording, own, weights, scaling, state, rules, log_snr, options, epoch, seed, report)
-            slopes = _merge(processes.gather(rows), state)
-            share = _expected(state, weights, floor)
+            visited = _epoch(relaxed, recording, own, target, scaling, state, options, epoch, seed, report)
+            steepness = _merge(processes.gather(visited), state)
             if epoch == 0:  # at this price the loss is as steep in the MACs as it is in the fidelity
-                state.price = float(np.median(slopes / weights[None]))
+                state.price = float(np.median(steepness / target.weights))
             else:
-                state.price *= float(np.clip((share / budget) ** 2, 0.5, 2.0))
+                state.price *= float(np.clip((target.share(state.scores) / target.budget) ** 2, 0.5, 2.0))
             memo[key] = {name: getattr(state, name).tolist() for name in ("logits", "first", "second")} | {"price": state.price}
-        report(0.0, _expected(state, weights, floor))
+        report(0.0, target.share(state.scores))
     scores = state.scores
     scores[0] = 1.0
     return scores
@@ -129,15 +146,13 @@ def _epoch(
     relaxed: RelaxedDenoiser,
     recording: Recording,
     own: Sequence[int],
-    weights: NDArray[np.float64],
+    target: Target,
     scaling: NDArray[np.float64],
     state: _State,
-    rules: Sequence[str],
-    log_snr: Sequence[float] | None,
     options: Paper,
     epoch: int,
     seed: int,
-    report: Callable[[float, float], None],
+    report: Report,
 ) -> dict[int, _Row]:
     """step -> (logits, first moments, second moments, steepness of the fidelity), for the steps ``own``, rising."""
     rows: dict[int, _Row] = {}
@@ -148,13 +163,14 @@ def _epoch(
         for at in (step - 2, step - 1):  # what is not there yet: at the start of a stretch
             if at >= 0 and at not in kept:
                 kept[at] = relaxed.observe(recording.steps[at])
-                report(1.0, float("nan"))
-        ran = [at for at in (step - 2, step - 1) if at >= 0]
-        cached = recalled(relaxed.blocks, kept, lambda _: ran, step, len(calls), rules, log_snr)
+                report(1.0)
+        ran = [[at for at in (step - 2, step - 1) if at >= 0]] * len(relaxed.blocks)
+        cached = recalled(relaxed.blocks, kept, ran, step, len(calls), target.rules, target.log_snr)
         logits, first, second = state.logits[step].copy(), state.first[step].copy(), state.second[step].copy()
         steepness = np.zeros_like(logits)
         for update in range(options.updates):
-            generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch, step, update]).generate_state(1)[0]))
+            (number,) = np.random.SeedSequence([seed, epoch, step, update]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(number))
             drawn, slope = _draw(torch.from_numpy(logits), options.relaxation, progress, generator)
             device = calls[0].call.tensors[0].device
             error, gradient = relaxed.error(calls, cached, drawn.float().to(device))
@@ -162,7 +178,7 @@ def _epoch(
                 raise FloatingPointError(f"the loss is not finite at step {step} (timestep {recording.timesteps[step]:g}).")
             scores = 1 / (1 + np.exp(-logits))
             fidelity = scaling[step] * gradient.double().cpu().numpy()
-            cost = state.price * weights * (1 + options.bimodal * progress * (1 - 2 * scores))
+            cost = state.price * target.weights * (1 + options.bimodal * progress * (1 - 2 * scores))
             total = fidelity * slope.numpy() + cost * scores * (1 - scores)
             count = epoch * options.updates + update + 1
             first = 0.9 * first + 0.1 * total
@@ -170,7 +186,7 @@ def _epoch(
             change = (first / (1 - 0.9**count)) / (np.sqrt(second / (1 - 0.99**count)) + 1e-12)
             logits = logits - options.learning_rate * change
             steepness += np.abs(fidelity) / options.updates
-            report(3.0, float("nan"))
+            report(3.0)
         rows[step] = (logits.tolist(), first.tolist(), second.tolist(), steepness.tolist())
         kept = {at: features for at, features in kept.items() if at >= step - 1}
     return rows
@@ -181,12 +197,6 @@ def _merge(rows: dict[int, _Row], state: _State) -> NDArray[np.float64]:
     for step, (logits, first, second, _) in rows.items():
         state.logits[step], state.first[step], state.second[step] = logits, first, second
     return np.array([rows[step][3] for step in sorted(rows)])
-
-
-def _expected(state: _State, weights: NDArray[np.float64], floor: float) -> float:
-    """Share of the MACs that the scores stand for."""
-    steps = len(state.logits)
-    return floor + float((state.scores[1:] * weights[None]).sum()) / steps
 
 
 def _draw(logits: Tensor, relaxation: str, progress: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -200,9 +210,7 @@ def _draw(logits: Tensor, relaxation: str, progress: float, generator: torch.Gen
     return soft, soft * (1 - soft) / temperature
 
 
-def _scaling(
-    relaxed: RelaxedDenoiser, recording: Recording, memo: Memo, report: Callable[[float, float], None]
-) -> NDArray[np.float64]:
+def _scaling(relaxed: RelaxedDenoiser, recording: Recording, memo: Memo, report: Report) -> NDArray[np.float64]:
     """a_t: the relative change of the blocks' outputs from the step before, over its mean; 1 at the first step."""
     if "scaling" not in memo:
         changes, before = [], None
@@ -212,6 +220,6 @@ def _scaling(
                 parts = [((features[s] - before[s]).norm() / features[s].norm().clamp_min(1e-20)).item() for s in features]
                 changes.append(float(np.mean(parts)))
             before = features
-            report(1.0, float("nan"))
+            report(1.0)
         memo["scaling"] = [1.0, *(np.asarray(changes) / max(float(np.mean(changes)), 1e-20)).tolist()]
     return np.asarray(memo["scaling"])

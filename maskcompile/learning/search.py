@@ -5,7 +5,7 @@ and what goes wrong in the first steps decides what the picture shows. So the se
 
 1. tries families of masks at the budget: the first w steps and evenly spaced ones after them, and published schedules;
 2. improves the best by moving computed steps, and parts of them, in time: one change, one masked pass on the first half of the
-   seeds, and where that is no worse one on the rest; kept where the mean gain is more than its standard error over the pictures.
+   seeds, and where that is no worse one on the rest; kept where the mean gain exceeds its standard error over the pictures.
 
 No step is differentiated through another, nothing is stored for each step but the sampler's inputs, and what is found is what
 runs, since the specialised graphs themselves are measured.
@@ -17,11 +17,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskcompile.learning.budget import TOLERANCE, Cell, Shares, fill
+from maskcompile.learning.budget import TOLERANCE, Shares, fill, ranked
 from maskcompile.learning.fidelity import Fidelity, better
 from maskcompile.learning.memo import Memo
 from maskcompile.mask import Mask
@@ -29,28 +30,35 @@ from passes.rectify import Compute
 
 #: How many of the first steps are computed in a row, in the masks that the search begins with.
 LEADS = (1, 2, 3, 4, 5, 6, 8, 10, 13)
+#: Shares of the budget that whole steps get, in further masks to begin with.
+PARTS = (0.9, 0.8, 0.65)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A mask with its fidelity: dB, float64 [elements]. passes: work done for it, in unmasked passes."""
+    """A mask with its fidelity: dB, float64 [elements]."""
 
     mask: Mask
     decibels: NDArray[np.float64]
-    passes: float
 
 
 class Evaluations:
-    """Fidelities of masks, remembered, with the work that they cost.
+    """Fidelities of masks, remembered. passes: the work that they cost, in unmasked passes over all seeds."""
 
-    elements: how many of an outcome's come from the first half of the seeds.
-    """
-
-    def __init__(self, fidelity: Fidelity, shares: Shares, memo: Memo, report: Callable[[float], None]) -> None:
-        self.fidelity, self.shares, self.memo, self.report = fidelity, shares, memo, report
+    def __init__(self, fidelity: Fidelity, shares: Shares, memo: Memo, bar: Any) -> None:
+        self.fidelity, self.shares, self.memo, self.bar = fidelity, shares, memo, bar
         self.first = fidelity.seeds[: max(1, len(fidelity.seeds) // 2)]
         self.rest = fidelity.seeds[len(self.first) :]
         self.passes = 0.0
+
+    def spend(self, work: float) -> None:
+        self.passes += work
+        self.bar.update(work)
+
+    def show(self, found: Found) -> None:
+        """The best mask so far, beside the bar."""
+        share = self.shares(found.mask.compute, found.mask.reuse)
+        self.bar.set_postfix(share=f"{share:.3f}", fidelity=f"{found.decibels.mean():.1f} dB")
 
     def part(self, mask: Mask, seeds: Sequence[int]) -> NDArray[np.float64]:
         """float64 [elements of these seeds]."""
@@ -58,9 +66,7 @@ class Evaluations:
         key = sha256(described.encode()).hexdigest()[:24]
         if key not in self.memo:
             self.memo[key] = self.fidelity(mask, seeds).tolist() if seeds else []
-        work = self.shares(mask.compute, mask.reuse) * len(seeds) / len(self.fidelity.seeds)
-        self.passes += work
-        self.report(work)
+        self.spend(self.shares(mask.compute, mask.reuse) * len(seeds) / len(self.fidelity.seeds))
         return np.asarray(self.memo[key], dtype=np.float64)
 
     def __call__(self, mask: Mask) -> NDArray[np.float64]:
@@ -79,19 +85,19 @@ class Evaluations:
 def search(
     template: Mask,
     starts: Sequence[Compute],
-    rules: Sequence[str],
+    rules: Sequence[Sequence[str]],
     sensitivity: Callable[[Mask], NDArray[np.float64]],
     macs: NDArray[np.float64],
     budget: float,
     passes: float,
     evaluate: Evaluations,
-    seed: int,
+    seed: int = 0,
 ) -> Found:
     """The best mask found within the budget and about ``passes`` unmasked passes of work.
 
     template: what the mask is for; its decisions do not matter. starts: further masks to begin with, bool [steps, blocks].
-    rules: reuse rules to choose from. sensitivity: mask -> float64 [steps, blocks], what computing a block at a step is worth
-    (``learning.sensitivity``). macs: float64 [blocks].
+    rules: reuse rules to choose from, one for each block. sensitivity: mask -> float64 [steps, blocks], what computing a block
+    at a step is worth (``learning.sensitivity``). macs: float64 [blocks].
     """
     steps = template.steps
     shares = evaluate.shares
@@ -99,10 +105,11 @@ def search(
 
     def whole(mask: Mask) -> Mask:
         """The mask with what the budget leaves spent on the cells that are worth most."""
-        if shares(mask.compute, mask.reuse) > budget - TOLERANCE / 2 or worth is None:
-            return mask
-        order = by_worth(worth, macs)
-        return mask.replace(fill(mask.compute, order, lambda c: shares(c, mask.reuse), budget))
+        if shares(mask.compute, mask.reuse) <= budget - TOLERANCE / 2 and worth is not None:
+            mask = mask.replace(
+                fill(mask.compute, ranked(worth / np.maximum(macs, 1.0)), lambda c: shares(c, mask.reuse), budget)
+            )
+        return mask.replace(shares.rectified(mask))
 
     best: Found | None = None
     tried: set[tuple[bytes, tuple[str, ...]]] = set()
@@ -115,9 +122,9 @@ def search(
         tried.add((mask.compute.tobytes(), mask.reuse))
         decibels = evaluate(mask)
         if best is None or decibels.mean() > best.decibels.mean():
-            best = Found(mask, decibels, evaluate.passes)
+            best = Found(mask, decibels)
 
-    families = list(spread(steps, len(template.blocks), budget, lambda c: shares(c, [rules[0]] * len(template.blocks))))
+    families = list(spread(steps, len(template.blocks), budget, lambda c: shares(c, rules[0])))
     middle = families[min(3, len(families) - 1)]
     worth = sensitivity(template.replace(middle, reuse=rules[0]))
     for rule in rules:
@@ -125,7 +132,12 @@ def search(
             if rule == rules[0] or any(compute is f for f in families[2:5]):
                 consider(template.replace(compute, reuse=rule))
     assert best is not None
+    lead = next((i for i, row in enumerate(best.mask.compute) if not row.all()), steps)
+    for part in PARTS:  # fewer whole steps, and more of the budget for parts of others
+        for compute in spread(steps, len(template.blocks), part * budget, lambda c: shares(c, rules[0]), (lead,)):
+            consider(template.replace(compute, reuse=best.mask.reuse))
     incumbent = best
+    evaluate.show(incumbent)
     moves = _moves(incumbent.mask.compute, worth, macs, random.Random(seed))
     misses = 0
     while evaluate.passes < passes and misses < 60:
@@ -139,12 +151,15 @@ def search(
         misses = 0
         decibels = evaluate.improves(mask, incumbent.decibels)
         if decibels is not None:
-            incumbent = Found(mask, decibels, evaluate.passes)
+            incumbent = Found(mask, decibels)
+            evaluate.show(incumbent)
             moves = _moves(mask.compute, worth, macs, random.Random(seed + len(tried)))
-    return Found(incumbent.mask, incumbent.decibels, evaluate.passes)
+    return incumbent
 
 
-def spread(steps: int, blocks: int, budget: float, share: Callable[[Compute], float]) -> Iterator[Compute]:
+def spread(
+    steps: int, blocks: int, budget: float, share: Callable[[Compute], float], leads: Sequence[int] = LEADS
+) -> Iterator[Compute]:
     """Masks of whole steps within the budget: the first w steps and then evenly spaced ones to the last, for each lead w."""
 
     def of(count: int, lead: int) -> Compute:
@@ -154,20 +169,13 @@ def spread(steps: int, blocks: int, budget: float, share: Callable[[Compute], fl
         compute[[*range(lead), *np.round(rest).astype(int)]] = True
         return compute
 
-    for lead in (lead for lead in LEADS if lead <= max(1, steps // 2)):
+    for lead in (lead for lead in leads if lead <= max(1, steps // 2)):
         low, high = 1, steps
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if share(of(middle, lead)) <= budget + 1e-9 else (low, middle - 1)
         if lead == 1 or lead < low:
             yield of(low, lead)
-
-
-def by_worth(worth: NDArray[np.float64], macs: NDArray[np.float64]) -> list[Cell]:
-    """All cells, those that are worth most for their MACs first."""
-    value = worth / np.maximum(macs, 1.0)
-    order = np.argsort(-value, axis=None, kind="stable")
-    return [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, value.shape), strict=True)]
 
 
 def _moves(
@@ -192,7 +200,9 @@ def _moves(
         yield moved
 
 
-def _take(columns: NDArray[np.intp], value: NDArray[np.float64], macs: NDArray[np.float64], total: float, best: bool) -> list[int]:
+def _take(
+    columns: NDArray[np.intp], value: NDArray[np.float64], macs: NDArray[np.float64], total: float, best: bool
+) -> list[int]:
     """Blocks among ``columns`` of at most ``total`` MACs: the best of them, or the worst."""
     taken: list[int] = []
     for column in columns[np.argsort(-value[columns] if best else value[columns], kind="stable")]:

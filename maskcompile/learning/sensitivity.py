@@ -12,23 +12,31 @@ from maskcompile.learning.recording import Recording
 from maskcompile.learning.relaxed import Features, RelaxedDenoiser, recalled
 from maskcompile.mask import Mask
 
+#: Scores at which the gradient is taken: midpoints of equal parts of the way.
+AT = (0.25, 0.75)
 
-def sensitivities(relaxed: RelaxedDenoiser, recording: Recording, mask: Mask, steps: Sequence[int]) -> dict[int, NDArray[np.float64]]:
-    """step -> float64 [blocks]: how much computing each block would lower the error of a step that reuses everything.
 
-    The error of ``RelaxedDenoiser.error`` to first order, at each of ``steps``, with what ``mask``'s rules make of the last
-    steps at which the mask computes the block. Costs a forward of every step, and a forward and a backward of each of
-    ``steps``; memory does not grow with the number of steps.
+def sensitivities(
+    relaxed: RelaxedDenoiser, recording: Recording, mask: Mask, steps: Sequence[int]
+) -> dict[int, NDArray[np.float64]]:
+    """step -> float64 [blocks]: how much of the error of a step that reuses everything goes away by computing each block.
+
+    The error is that of ``RelaxedDenoiser.error`` at each of ``steps``, with what ``mask``'s rules make of the last steps at
+    which the mask computes the block. It is shared out by its gradient along the straight way from reusing to computing all
+    (integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365, eq. 1): at its start alone, nothing upstream of a reused
+    block would count. Costs a forward of every step, and ``len(AT)`` forwards and backwards of each of ``steps``; memory does
+    not grow with the number of steps.
     """
     kept: dict[int, Features] = {}
     result: dict[int, NDArray[np.float64]] = {}
     wanted = set(steps)
     for step, calls in enumerate(recording.steps):
         if step in wanted and step > 0:
-            cached = recalled(mask.blocks, kept, lambda b, now=step: _ran(mask, b, now), step, len(calls), mask.reuse, mask.log_snr)
-            scores = torch.zeros(len(mask.blocks), device=calls[0].call.tensors[0].device)
-            _, slope = relaxed.error(calls, cached, scores)
-            result[step] = np.maximum(-slope.double().cpu().numpy(), 0.0)
+            ran = [_ran(mask, block, step) for block in range(len(mask.blocks))]
+            cached = recalled(mask.blocks, kept, ran, step, len(calls), mask.reuse, mask.log_snr)
+            device = calls[0].call.tensors[0].device
+            slopes = [relaxed.error(calls, cached, torch.full((len(mask.blocks),), s, device=device))[1] for s in AT]
+            result[step] = np.maximum(-torch.stack(slopes).double().mean(0).cpu().numpy(), 0.0)
         if mask.compute[step].any() or step == 0:
             kept[step] = relaxed.observe(calls)
         needed = {at for index in range(len(mask.blocks)) for at in _ran(mask, index, step + 1)[-2:]}

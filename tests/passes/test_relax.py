@@ -1,0 +1,92 @@
+"""The relaxed graph against module hooks, eager modules and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from passes.capture import capture, composite_modules
+from passes.relax import blendable, relax
+from tests.denoisers import denoiser, tensors_of
+from tests.toys import Chain, RandomDag
+
+
+def blended_eagerly(model, scores, cached, args, kwargs):
+    """The model with ``cached + score (output - cached)`` in the place of each block's output, by forward hooks."""
+    calls: dict[str, int] = {}
+    fresh, handles = {}, []
+
+    def hook(name):
+        def blend(module, args, output):
+            call = calls[name] = calls.get(name, -1) + 1
+            parts = [output] if isinstance(output, torch.Tensor) else list(output)
+            for index, part in enumerate(parts):
+                fresh[name, call, index] = part
+                if (name, call, index) in cached:
+                    old = cached[name, call, index]
+                    parts[index] = old + scores[name] * (part - old)
+            return parts[0] if isinstance(output, torch.Tensor) else type(output)(parts)
+
+        return blend
+
+    for name in scores:
+        handles.append(model.get_submodule(name).register_forward_hook(hook(name)))
+    try:
+        return tensors_of(model(*args, **kwargs)), fresh
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def case(name):
+    if name == "chain":
+        torch.manual_seed(0)
+        return Chain().eval(), ["a", "b", "c"], (torch.randn(2, 4), torch.tensor(500)), {}
+    if name == "dag":
+        model = RandomDag(3).eval()
+        return model, model.names(), (torch.randn(2, 4), torch.tensor(500)), {}
+    known = denoiser(name)
+    args, kwargs = known.inputs(known.batch, known.timesteps[0], 0)
+    blocks = {"unet2d": ["down_blocks.0.resnets.0", "mid_block.attentions.0"]}.get(name)
+    return known.model, blocks or ["transformer_blocks.0.attn1", "transformer_blocks.1.ff"], args, kwargs
+
+
+@pytest.mark.parametrize("name", ["chain", "dag", "unet2d", "dit"])
+def test_it_blends_as_hooks_do(name):
+    model, blocks, args, kwargs = case(name)
+    captured = capture(model, args, kwargs, {*composite_modules(model), *blocks})
+    slots, graph = blendable(captured, blocks), relax(captured, blocks)
+    torch.manual_seed(1)
+    scores = torch.rand(len(blocks))
+    cached = {s: torch.randn(captured.marks[s].meta["val"].shape) for s in slots}
+    inputs = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    with torch.no_grad():
+        outputs = graph(*inputs, *cached.values(), scores)
+        by_name = {(s.block, s.call, s.index): value for s, value in cached.items()}
+        theirs, fresh = blended_eagerly(model, dict(zip(blocks, scores, strict=True)), by_name, args, kwargs)
+    for ours, other in zip(outputs, theirs, strict=False):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+    for slot, ours in zip(slots, outputs[len(theirs) :], strict=True):
+        torch.testing.assert_close(ours, fresh[slot.block, slot.call, slot.index], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["chain", "unet2d", "dit"])
+def test_its_gradient_is_the_slope(name):
+    model, blocks, args, kwargs = case(name)
+    captured = capture(model, args, kwargs, {*composite_modules(model), *blocks})
+    slots, graph = blendable(captured, blocks), relax(captured, blocks)
+    inputs = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    torch.manual_seed(1)
+    cached = [torch.randn(captured.marks[s].meta["val"].shape) for s in slots]
+
+    def loss(scores):
+        return graph(*inputs, *cached, scores)[0].double().square().mean()
+
+    scores = torch.rand(len(blocks), requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(scores), scores)
+    with torch.no_grad():
+        for index in range(len(blocks)):
+            step = torch.zeros_like(scores)
+            step[index] = 1e-2
+            slope = (loss(scores + step) - loss(scores - step)) / 2e-2
+            torch.testing.assert_close(gradient[index].double(), slope, rtol=2e-2, atol=1e-4)
