@@ -170,20 +170,19 @@ def _by_search(learning: _Learning, options: Search, rules: Sequence[Sequence[st
 def _by_scores(learning: _Learning, options: Paper) -> Mask:
     template, program, budget, bar = learning.template, learning.program, learning.budget, learning.bar
     macs = np.array([block.macs for block in program.blocks], dtype=np.float64)
-    passes = 1.0  # the recordings
-    bar.total = round(options.epochs * (1 + 3 * options.updates) / len(learning.recordings))
+    seeds, processes = len(learning.recordings), learning.processes
+    passes = 1 + (options.scaling + options.epochs * (1 + 3 * options.updates)) / seeds  # 1 for the recordings
+    bar.total = round(passes)
+    bar.update(1)
 
     def report(forwards: float, share: float | None = None) -> None:
-        nonlocal passes
-        work = forwards / template.steps / len(learning.recordings)
-        passes += work
-        bar.update(work)
+        bar.update(forwards / template.steps / seeds * processes.count)
         if share is not None:
             bar.set_postfix(share=f"{share:.3f}")
 
     floor = learning.shares(np.zeros_like(template.compute))
     target = Target(np.maximum(macs / max(1, program.macs), 1e-6), floor, budget, template.reuse, template.log_snr)
-    scores = learn_scores(learning.relaxed, learning.recordings, target, options, learning.memo, learning.processes, report)
+    scores = learn_scores(learning.relaxed, learning.recordings, target, options, learning.memo, processes, report)
 
     def ruled(compute: Compute) -> Compute:
         return by_knowledge(program, template.blocks, compute, options.rectification)

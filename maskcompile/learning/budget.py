@@ -42,7 +42,7 @@ class Shares:
 
 
 def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
-    """``base`` with as many of ``cells`` computed, from the first on, as the budget allows."""
+    """``base`` with as many of ``cells`` computed, from the first on, as the budget allows, or one more within TOLERANCE."""
     order = [cell for cell in cells if not base[cell]]
 
     def first(count: int) -> Compute:
@@ -59,11 +59,20 @@ def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float]
         else:
             high = middle - 1
     compute = first(low)
-    for cell in order[low : low + 4 * compute.shape[1]]:  # smaller blocks may fit where the next one does not
+    rest = order[low : low + 200]
+    for cell in rest:  # smaller blocks may fit where the next one does not
+        if share(compute) > budget - TOLERANCE / 4:
+            break
         more = compute.copy()
         more[cell] = True
         if share(more) <= budget + 1e-9:
             compute = more
+    if share(compute) < budget - TOLERANCE:  # as near from above, then
+        for cell in rest:
+            more = compute.copy()
+            more[cell] = True
+            if budget < share(more) <= budget + TOLERANCE:
+                return more
     return compute
 
 

@@ -52,7 +52,7 @@ class Paper:
     rectification: tuple[str, ...] = tuple(KNOWLEDGE)
     epochs: int = 15
     updates: int = 4
-    learning_rate: float = 0.15
+    learning_rate: float = 0.25
 
     def __post_init__(self) -> None:
         if self.relaxation not in RELAXATIONS:

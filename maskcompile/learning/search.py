@@ -117,7 +117,7 @@ def search(
     def consider(mask: Mask) -> None:
         nonlocal best
         mask = whole(mask)
-        if (mask.compute.tobytes(), mask.reuse) in tried or shares(mask.compute, mask.reuse) > budget + 1e-9:
+        if (mask.compute.tobytes(), mask.reuse) in tried or shares(mask.compute, mask.reuse) > budget + TOLERANCE:
             return
         tried.add((mask.compute.tobytes(), mask.reuse))
         decibels = evaluate(mask)
@@ -144,7 +144,7 @@ def search(
         compute = next(moves)
         mask = whole(incumbent.mask.replace(compute))
         key = (mask.compute.tobytes(), mask.reuse)
-        if key in tried or shares(mask.compute, mask.reuse) > budget + 1e-9:
+        if key in tried or shares(mask.compute, mask.reuse) > budget + TOLERANCE:
             misses += 1  # of the moves that are left, hardly any is new
             continue
         tried.add(key)

@@ -1,0 +1,361 @@
+"""Learning masks: budgets, what the learned masks are worth against the executor, resuming, several processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+import weakref
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+import maskcompile as mc
+from maskcompile.learning.fidelity import fidelity
+from maskcompile.learning.relaxed import RelaxedDenoiser
+from tests.denoisers import denoiser, tensors_of
+from tests.executor import Executor
+from tests.toys import Block
+
+STEPS = 8
+ROOT = Path(__file__).parents[2]
+QUICK = mc.Paper(epochs=3, updates=2)
+
+
+def sampler(case, calls=None, steps=STEPS):
+    """sample(seed): a DDIM loop of the case's denoiser, which returns the final sample."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps)
+
+    def sample(seed, model=None):
+        model = case.model if model is None else model
+        args, _ = case.inputs(case.batch, 999, seed)
+        x = args[0]
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                _, given = case.inputs(case.batch, int(t), seed)
+                rest = [torch.as_tensor(t)] if len(args) > 1 else []
+                x = scheduler.step(tensors_of(model(x, *rest, **given))[0][:, : x.shape[1]], t, x).prev_sample
+                if calls is not None:
+                    calls.append(int(t))
+        return x
+
+    return sample
+
+
+def executed(case, mask, seed, **options):
+    """What ``sample`` comes to when the forward-hook executor runs the mask."""
+    executor = Executor(case.model, mask.blocks, mask.compute.tolist(), log_snr=mask.log_snr, **options)
+    step = iter(range(mask.steps))
+    return sampler(case)(seed, lambda *args, **kwargs: executor.step(next(step), *args, **kwargs))
+
+
+def share(case, mask):
+    args, kwargs = case.inputs(case.batch, 999, 0)
+    return mc.cost(mc.trace(case.model, *args, **kwargs), mask).share
+
+
+@pytest.fixture(scope="module")
+def case():
+    return denoiser("unet2d")
+
+
+METHODS = {"search": mc.Search(passes=12), "random": QUICK, "gumbel": mc.Paper(relaxation="gumbel", epochs=3, updates=2)}
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.63])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["unet2d", "dit"])
+def test_it_meets_the_budget(name, method, budget):
+    case = denoiser(name)
+    sample = sampler(case, steps={"unet2d": STEPS, "dit": 40}[name])  # the tiny DiT has but four blocks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mask = mc.learn(case.model, sample, budget, method=METHODS[method], progress=False)
+    assert budget - 0.01 <= share(case, mask) <= budget + 0.01
+    assert mask.provenance["budget"] == budget
+    assert mask.provenance["share"] == pytest.approx(share(case, mask), abs=1e-4)
+
+
+def test_it_says_where_it_cannot_meet_the_budget():
+    case = denoiser("dit")
+    with pytest.warns(UserWarning, match=r"keeps 0\.\d+ of the MACs, and the budget is 0\.4: no block is small enough"):
+        mc.learn(case.model, sampler(case, steps=3), 0.4, method=QUICK, progress=False)
+
+
+def test_the_search_says_how_faithful_its_mask_is(case):
+    mask = mc.learn(case.model, sampler(case), 0.5, method=METHODS["search"], seeds=(3, 4), reuse="hold", progress=False)
+    decibels = []
+    for seed in (3, 4):
+        ours, theirs = executed(case, mask, seed), sampler(case)(seed)
+        error = (ours - theirs).square().flatten(1).mean(1)
+        decibels += (10 * torch.log10(theirs.flatten(1).var(1, unbiased=False) / error)).tolist()
+    assert mask.provenance["fidelity_db"] == pytest.approx(np.mean(decibels), abs=0.01)
+
+
+def test_the_search_beats_the_schedules_that_it_knows(case):
+    sample = sampler(case)
+    args, kwargs = case.inputs(case.batch, 999, 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    mask = mc.learn(case.model, sample, 0.6, method=mc.Search(passes=25), reuse="hold", progress=False)
+    uniform = mc.schedules.uniform(program, mask.timesteps, interval=2)
+    assert mc.cost(program, uniform).share <= 0.6
+
+    def held_out(m):
+        return np.mean([fidelity(executed(case, m, s).flatten(1), sample(s).flatten(1)).mean() for s in (70, 71, 72)])
+
+    assert held_out(mask) > held_out(uniform)
+
+
+class Branches(nn.Module):
+    """Two blocks of equal cost side by side, of which one hardly matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.much, self.little = Block(4), Block(4)
+
+    def forward(self, sample, timestep):
+        time = timestep.reshape(-1, 1) / 1000
+        return self.much(sample, time) + 1e-3 * self.little(sample, time)
+
+
+@pytest.mark.parametrize("relaxation", ["random", "gumbel"])
+def test_blocks_that_matter_get_high_scores(relaxation):
+    torch.manual_seed(0)
+    model = Branches().eval()
+
+    def sample(seed):
+        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+        for t in range(900, 100, -100):
+            x = x - 0.2 * model(x, torch.tensor(float(t))).detach()
+        return x
+
+    mask = mc.learn(model, sample, 0.57, method=mc.Paper(relaxation=relaxation), progress=False)
+    assert mask.blocks == ("much", "little")
+    assert mask.compute[1:].sum(0).tolist() == [7, 1] or mask.compute[1:].sum(0).tolist() == [7, 0]
+
+
+def test_scores_converge(case):
+    mask = mc.learn(case.model, sampler(case), 0.5, method="paper", progress=False)
+    assert sum(mask.provenance["score_histogram"]) == (STEPS - 1) * len(mask.blocks)
+    assert mask.provenance["scores_near_0_or_1"] > 0.5
+
+
+@pytest.mark.parametrize("method", ["search", "paper"])
+def test_interrupted_it_comes_to_the_same_mask(case, tmp_path, method):
+    method = {"search": mc.Search(passes=10), "paper": QUICK}[method]
+    whole = mc.learn(case.model, sampler(case), 0.5, method=method, progress=False)
+    calls: list[int] = []
+    sample, path = sampler(case, calls), tmp_path / "learning.json"
+    forwards = []
+
+    class Killed(BaseException):
+        pass
+
+    def failing(seed):
+        forwards.append(seed)
+        if len(forwards) > 5:
+            raise Killed
+        return sample(seed)
+
+    if isinstance(method, mc.Search):
+        with pytest.raises(Killed):
+            mc.learn(case.model, failing, 0.5, method=method, checkpoint=path, progress=False)
+    else:
+        document = path  # the paper's method goes on from its last epoch
+        mc.learn(case.model, sample, 0.5, method=method, checkpoint=document, progress=False)
+        saved = json.loads(document.read_text())
+        del saved["results"]["epoch 2"]
+        document.write_text(json.dumps(saved))
+    assert "forward" not in vars(case.model)
+    saved = json.loads(path.read_text())["results"]
+    assert saved
+    calls.clear()
+    again = mc.learn(case.model, sample, 0.5, method=method, checkpoint=path, progress=False)
+    assert again == whole
+    assert again.provenance == whole.provenance
+    finished = len(calls)
+    calls.clear()
+    assert mc.learn(case.model, sample, 0.5, method=method, checkpoint=path, progress=False) == whole
+    assert len(calls) <= finished  # all that is left to run are the recordings
+    assert len(calls) == 2 * STEPS
+
+
+def test_a_checkpoint_of_other_settings_is_refused(case, tmp_path):
+    path = tmp_path / "learning.json"
+    mc.learn(case.model, sampler(case), 0.5, method=QUICK, checkpoint=path, progress=False)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another budget \(0.5, now 0.6\)"):
+        mc.learn(case.model, sampler(case), 0.6, method=QUICK, checkpoint=path, progress=False)
+    assert path.read_bytes() == before
+    path.write_text("{")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        mc.learn(case.model, sampler(case), 0.5, method=QUICK, checkpoint=path, progress=False)
+
+
+SCRIPT = """
+import sys, torch
+import maskcompile as mc
+from tests.denoisers import denoiser
+from tests.maskcompile.test_learn import sampler, QUICK
+torch.set_num_threads(1)
+case = denoiser("unet2d")
+method = mc.Search(passes=8) if sys.argv[1] == "search" else QUICK
+mask = mc.learn(case.model, sampler(case), 0.5, method=method, seeds=(0, 1, 2), progress=False)
+import os
+mask.save(sys.argv[2] + os.environ.get("RANK", "") + ".json")
+"""
+
+
+@pytest.mark.parametrize("method", ["search", "paper"])
+def test_two_processes_learn_the_mask_of_one(tmp_path, method):
+    script = tmp_path / "learn.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
+    alone = subprocess.run([sys.executable, script, method, tmp_path / "one"], env=environment, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    both = subprocess.run([*launch, script, method, tmp_path / "two"], env=environment, capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr
+    one, *two = (mc.Mask.load(tmp_path / f"{name}.json") for name in ("one", "two0", "two1"))
+    for mask in two:
+        assert mask == one
+        assert mask.provenance == one.provenance
+
+
+def test_separate_guidance_and_two_calls_a_step(case):
+    """Two calls at each timestep, as guidance without batching makes them."""
+
+    def sample(seed):
+        x = case.inputs(case.batch, 999, seed)[0][0]
+        for t in range(900, 100, -100):
+            with torch.no_grad():
+                plain = tensors_of(case.model(x, torch.tensor(t)))[0]
+                guided = tensors_of(case.model(x + 0.1, torch.tensor(t)))[0]
+            x = x - 0.1 * (plain + 2 * (guided - plain))
+        return x
+
+    for method in (mc.Search(passes=6), QUICK):
+        mask = mc.learn(case.model, sample, 0.5, method=method, progress=False)
+        assert mask.steps == 8
+        assert 0.49 <= mask.provenance["share"] <= 0.51
+
+
+def test_a_pipeline(case):
+    """A whole diffusers pipeline, whose output holds arrays."""
+    pipe = diffusers.DDIMPipeline(case.model, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(batch_size=2, num_inference_steps=STEPS, generator=generator, output_type="np")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mask = mc.learn(pipe.unet, sample, 0.5, method=mc.Search(passes=6), progress=False)
+    assert mask.steps == STEPS
+    pipe.unet = mc.optimize(pipe.unet, mask, backend="eager")
+    sample(5)
+    report = pipe.unet.report()
+    assert report.unknown_timesteps == 0
+    assert report.reusing_calls > 0
+    assert report.signatures[0].share == pytest.approx(mask.provenance["share"], abs=1e-4)
+
+
+def test_the_model_is_left_as_it_was(case):
+    parameters = list(case.model.parameters())
+    parameters[0].grad = torch.ones_like(parameters[0])
+    wanted = [p.requires_grad for p in parameters]
+    values = [p.detach().clone() for p in parameters]
+    try:
+        for method in (mc.Search(passes=4), QUICK):
+            mc.learn(case.model, sampler(case), 0.5, method=method, progress=False)
+        assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
+        assert all(p.grad is None for p in parameters[1:])
+        assert [p.requires_grad for p in parameters] == wanted
+        assert all(map(torch.equal, parameters, values))
+        assert not case.model.training
+        assert "forward" not in vars(case.model)
+    finally:
+        parameters[0].grad = None
+
+
+def test_bad_input(case):
+    sample = sampler(case)
+    with pytest.raises(mc.MaskError, match=r"a budget of 0.05 is below 0\.\d+, the share of the MACs that always run"):
+        mc.learn(case.model, sample, 0.05, progress=False)
+    with pytest.raises(mc.MaskError, match=r"at most 1; got 1\.5"):
+        mc.learn(case.model, sample, 1.5, progress=False)
+    with pytest.raises(ValueError, match="never called the denoiser"):
+        mc.learn(case.model, lambda seed: torch.zeros(3), 0.5, progress=False)
+    with pytest.raises(ValueError, match=r"sample\(1\) called the denoiser 9 times at 9 timesteps, sample\(0\) 8 times at 8"):
+        mc.learn(case.model, lambda seed: sampler(case, steps=STEPS + seed)(seed), 0.5, progress=False)
+    with pytest.raises(ValueError, match="method is 'search' or 'paper'"):
+        mc.learn(case.model, sample, 0.5, method="magic", progress=False)
+    with pytest.raises(ValueError, match="relaxation is one of"):
+        mc.Paper(relaxation="soft")
+    fast = mc.optimize(case.model, mc.Mask.full(["mid_block.attentions.0"], [2, 1]), backend="eager")
+    with pytest.raises(ValueError, match="already optimised"):
+        mc.learn(fast, sample, 0.5, progress=False)
+    case.model.train()
+    try:
+        with pytest.raises(ValueError, match="train mode"):
+            mc.learn(case.model, sample, 0.5, progress=False)
+        assert case.model.training
+    finally:
+        case.model.eval()
+    with pytest.raises(ValueError, match="in one direction"):
+        mc.learn(case.model, lambda seed: [sample(seed), sample(seed)], 0.5, progress=False)
+
+
+def test_what_is_not_finite_stops_with_the_step_named(case):
+    def sample(seed):
+        x = case.inputs(case.batch, 999, seed)[0][0]
+        for step, t in enumerate(range(900, 400, -100)):
+            with torch.no_grad():
+                x = tensors_of(case.model(x * (float("nan") if step == 3 else 1), torch.tensor(t)))[0]
+        return x
+
+    with pytest.raises(FloatingPointError, match=r"step 3 \(timestep 600\)"):
+        mc.learn(case.model, sample, 0.5, progress=False)
+    assert "forward" not in vars(case.model)
+
+
+def test_memory_does_not_grow_with_the_steps(case, monkeypatch):
+    """How many bytes of block outputs the paper's method holds at a time."""
+    held = {}
+    for steps in (6, 24):
+        alive, peak = [], 0
+        observe, error = RelaxedDenoiser.observe, RelaxedDenoiser.error
+
+        def watched(self, calls, observe=observe, alive=alive):
+            features = observe(self, calls)
+            alive += [(weakref.ref(t), t.nbytes) for found in features for t in found.values()]
+            return features
+
+        def counting(self, *args, error=error, alive=alive):
+            nonlocal peak
+            peak = max(peak, sum(size for tensor, size in alive if tensor() is not None))
+            return error(self, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(RelaxedDenoiser, "observe", watched)
+            patched.setattr(RelaxedDenoiser, "error", counting)
+            mc.learn(case.model, sampler(case, steps=steps), 0.5, method=mc.Paper(epochs=2, updates=1), progress=False)
+        held[steps] = peak
+    assert held[24] == held[6] > 0
