@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from maskcompile._version import __version__
 from maskcompile.accounting import by_knowledge
-from maskcompile.learning.budget import TOLERANCE, Shares, check_budget, fill, ranked
+from maskcompile.learning.budget import TOLERANCE, Shares, add, check_budget, fill, ranked
 from maskcompile.learning.fidelity import Fidelity
 from maskcompile.learning.memo import Memo
 from maskcompile.learning.processes import Processes, launched
@@ -191,8 +191,10 @@ def _by_scores(learning: _Learning, options: Paper) -> Mask:
     start[0] = True
     cells = ranked(scores)
     compute = ruled(fill(start, cells, lambda c: learning.shares(ruled(c)), budget))
-    if learning.shares(compute) < budget - TOLERANCE:  # the rules took away all that was left to add
-        compute = fill(compute, cells, learning.shares, budget)
+    if learning.shares(compute) < budget - TOLERANCE:
+        # The rules took away what was left to add, or all that is left is expensive, since more hangs on it: without what is
+        # computed in vain, a block can be added by itself.
+        compute = add(learning.shares.rectified(template.replace(compute)), cells[:1000], learning.shares, budget)
     described: dict[str, Any] = {"options": {**asdict(options), "rectification": list(options.rectification)}}
     described |= converged(scores)
     return template.replace(compute, method="paper", passes=round(passes, 1), **described)

@@ -58,9 +58,13 @@ def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float]
             low = middle
         else:
             high = middle - 1
-    compute = first(low)
-    rest = order[low : low + 200]
-    for cell in rest:  # smaller blocks may fit where the next one does not
+    return add(first(low), order[low : low + 200], share, budget)
+
+
+def add(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
+    """``base`` with those of ``cells`` computed that fit the budget by themselves, one after the other."""
+    compute, rest = base, [cell for cell in cells if not base[cell]]
+    for cell in rest:
         if share(compute) > budget - TOLERANCE / 4:
             break
         more = compute.copy()
