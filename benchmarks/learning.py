@@ -1,0 +1,259 @@
+"""Learned masks beside everything else that keeps as many MACs: ``python -m benchmarks.learning``.
+
+Goes on where it was stopped; ``--fresh`` starts over. For each denoiser, number of steps and budget: masks learned by the search
+(the default) and by the paper's method, under extrapolating and under plain reuse, uniform schedules, DeepCache as a mask (UNet),
+random masks, and fewer steps. PSNR and SSIM of the final pictures to those of the unmasked sampler from the same noise, which no
+learning has seen. ``--ablations`` adds the paper's two ablations and the knowledge-guided rules, each alone and together.
+
+Learned masks are kept beside the results, in ``learned/``, as is the time that they took, in sampling passes of the original at
+the same batch. Writes ``learning.json`` after every result, then ``learning.md`` and the plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm import tqdm
+
+import maskcompile as mc
+from benchmarks import learning_report
+from benchmarks.quality import fewer_steps, weights_hash
+from benchmarks.reference import load
+from benchmarks.sampling import Task, noise, psnr, sample, with_solver
+from benchmarks.timing import hardware
+from maskcompile.files import write_whole
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = (20, 50, 100)
+BUDGETS = (0.5, 0.4, 0.6, 0.8, 0.3, 0.7)
+#: pictures of a learning pass (for each of two seeds), and held-out ones in all
+LEARN, HELD_OUT = 8, 48
+#: seeds of the held-out noise; learning draws from 0 on
+SEED = 2_000_000
+RULES = {"hold": "hold", "linear": "linear"}
+
+#: name -> learn's method
+METHODS: dict[str, Any] = {
+    "search": mc.Search(),
+    "paper": mc.Paper(),
+    "paper, Gumbel": mc.Paper(relaxation="gumbel"),
+    "paper, no scaling": mc.Paper(scaling=False),
+    "paper, no rectification": mc.Paper(rectification=()),
+    "paper, neither": mc.Paper(scaling=False, rectification=()),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """kind: a method of METHODS, "uniform", "deepcache", "random" or "fewer steps". rules: knowledge rules applied after."""
+
+    denoiser: str
+    steps: int
+    budget: float
+    kind: str
+    reuse: str = "linear"
+    rules: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def file(self) -> str:
+        return (
+            re.sub(r"[^a-z0-9.]+", "-", f"{self.denoiser} {self.steps} {self.budget} {self.kind} {self.reuse}".lower())
+            + ".json"
+        )
+
+
+def trials(denoisers: list[str], steps: list[int], budgets: list[float], ablations: bool) -> Iterator[Trial]:
+    """All of them, what matters most first."""
+    for total in steps:
+        for kind, reuse in (("search", "linear"), ("paper", "hold"), ("search", "hold"), ("paper", "linear")):
+            for budget in budgets:
+                for name in denoisers:
+                    yield Trial(name, total, budget, kind, reuse)
+                    if (kind, reuse) != ("search", "linear"):
+                        continue
+                    for other in ("uniform", "deepcache", "random") if name == "unet" else ("uniform", "random"):
+                        for rule in ("linear", "hold"):
+                            yield Trial(name, total, budget, other, rule)
+                    yield Trial(name, total, budget, "fewer steps", "")
+        if ablations:
+            for name in denoisers:
+                for kind in list(METHODS)[2:]:
+                    yield Trial(name, total, 0.5, kind, "hold")
+                for rules in (("reused_inputs",), ("reused_consumers",), ("reused_inputs", "reused_consumers")):
+                    yield Trial(name, total, 0.5, "paper, no rectification", "hold", rules)
+
+
+class Bench:
+    """The denoisers, traced once, and the held-out pictures of the unmasked samplers."""
+
+    def __init__(self, out: Path, passes: float) -> None:
+        self.out, self.passes = out, passes
+        self.loaded = {}
+        self.programs: dict[str, mc.Program] = {}
+        self.fast: dict[str, mc.OptimizedDenoiser] = {}
+        self.pictures: dict[tuple[str, int], Tensor] = {}
+
+    def task(self, name: str, steps: int) -> Task:
+        if name not in self.loaded:
+            self.loaded[name] = load(name)
+            t = with_solver(self.loaded[name], name, steps, "DDIM", clip=False)
+            args, kwargs = t.inputs(HELD_OUT)
+            self.programs[name] = mc.trace(t.denoiser, *args, **kwargs, return_dict=False)
+            self.fast[name] = mc.optimize(t.denoiser, mc.Mask.full(self.programs[name].names, t.timesteps), backend="eager")
+        return with_solver(self.loaded[name], name, steps, "DDIM", clip=False)
+
+    def unmasked(self, name: str, steps: int) -> Tensor:
+        if (name, steps) not in self.pictures:
+            t = self.task(name, steps)
+            self.pictures[name, steps] = sample(t, t.denoiser, noise(HELD_OUT, SEED))
+        return self.pictures[name, steps]
+
+    def mask(self, trial: Trial) -> tuple[mc.Mask | None, dict[str, Any]]:
+        """(the trial's mask, what learning it took); None where nothing keeps so few MACs."""
+        t = self.task(trial.denoiser, trial.steps)
+        program = self.programs[trial.denoiser]
+        log_snr = mc.log_snr(t.scheduler, t.timesteps)
+        common = {"reuse": trial.reuse, "log_snr": log_snr}
+        if trial.kind in METHODS:
+            return self.learned(trial, t, log_snr)
+        if trial.kind == "random":
+            return random_mask(program, t.timesteps, trial.budget, **common), {}
+        candidates = [
+            getattr(mc.schedules, trial.kind)(program, t.timesteps, interval=interval, warmup=warmup, **common)
+            for interval in range(1, trial.steps)
+            for warmup in (1, 2, 3, 4, 5, 6, 8)
+            if warmup < trial.steps
+        ]
+        shares = [mc.cost(program, mask).share for mask in candidates]
+        fitting = [
+            mask for mask, share in zip(candidates, shares, strict=True) if 0.75 * trial.budget <= share <= trial.budget + 0.01
+        ]
+        if not fitting:
+            return None, {}
+        reference = self.unmasked(trial.denoiser, trial.steps)
+        # The best of them on the held-out pictures themselves: the rival gets the benefit.
+        best = max(fitting, key=lambda mask: psnr(self.draw(trial, mask), reference).mean().item())
+        return best, {"interval": best.provenance["interval"], "warmup": best.provenance["warmup"]}
+
+    def learned(self, trial: Trial, t: Task, log_snr: tuple[float, ...]) -> tuple[mc.Mask, dict[str, Any]]:
+        path = self.out / "learned" / trial.file
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            method = METHODS[trial.kind]
+            if isinstance(method, mc.Search):
+                method = mc.Search(passes=self.passes)
+
+            def one(seed: int) -> Tensor:
+                return sample(t, t.denoiser, noise(LEARN, 1000 * seed))
+
+            start = time.perf_counter()
+            one(0), one(1)
+            single = time.perf_counter() - start
+            start = time.perf_counter()
+            mask = mc.learn(
+                t.denoiser, one, trial.budget, method=method, reuse=trial.reuse, log_snr=log_snr,
+                checkpoint=path.with_suffix(".checkpoint"),
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            mask.replace(passes_of_time=round(seconds / single, 1)).save(path)
+            path.with_suffix(".checkpoint").unlink()
+        mask = mc.Mask.load(path)
+        keys = ("passes", "passes_of_time", "fidelity_db", "scores_near_0_or_1")
+        taken = {key: mask.provenance[key] for key in keys if key in mask.provenance}
+        return (mc.rectify(mask, self.programs[trial.denoiser], trial.rules) if trial.rules else mask), taken
+
+    def draw(self, trial: Trial, mask: mc.Mask) -> Tensor:
+        fast = self.fast[trial.denoiser]
+        fast.forget_graphs(100)
+        fast.set_mask(mask)
+        return sample(self.task(trial.denoiser, trial.steps), fast, noise(HELD_OUT, SEED))
+
+    def measure(self, trial: Trial) -> dict[str, Any]:
+        reference = self.unmasked(trial.denoiser, trial.steps)
+        if trial.kind == "fewer steps":
+            fitting = [s for s in fewer_steps(trial.steps) if s <= (trial.budget + 0.01) * trial.steps]
+            if not fitting:
+                return {}
+            t = with_solver(self.loaded[trial.denoiser], trial.denoiser, max(fitting), "DDIM", clip=False)
+            pictures, described = sample(t, t.denoiser, noise(HELD_OUT, SEED)), {"share": max(fitting) / trial.steps}
+        else:
+            mask, taken = self.mask(trial)
+            if mask is None:
+                return {}
+            cost = mc.cost(self.programs[trial.denoiser], mask)
+            pictures, described = self.draw(trial, mask), {"share": cost.share, "graphs": cost.graphs, **taken}
+        each = psnr(pictures, reference)
+        similarity = structural_similarity_index_measure(pictures, reference, data_range=1.0).item()
+        return {**described, "psnr": each.mean().item(), "psnr_spread": each.std().item(), "ssim": similarity}
+
+
+def random_mask(
+    program: mc.Program, timesteps: tuple[float, ...], budget: float, reuse: str, log_snr: tuple[float, ...]
+) -> mc.Mask:
+    """Random decisions, as many as the budget allows."""
+    draws = np.random.default_rng(0).random((len(timesteps), len(program.names)))
+    best = None
+    for threshold in np.linspace(0, 1, 101):
+        mask = mc.Mask(draws < threshold, blocks=program.names, timesteps=timesteps, reuse=reuse, log_snr=log_snr)
+        if mc.cost(program, mask).share <= budget:
+            best = mask
+    assert best is not None
+    return best
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--denoisers", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--passes", type=float, default=60.0, help="of the search")
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--only", default="", help="regular expression on the trial")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--report", action="store_true", help="only write learning.md and the plot from what there is")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", module="torch")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "learning.json"
+    document: dict[str, Any] = {
+        "setting": f"Float32, backend eager; {hardware()}.",
+        "passes": options.passes,
+        "pictures": {"learning": 2 * LEARN, "held out": HELD_OUT},
+        "weights": {name: weights_hash(name) for name in options.denoisers},
+        "rows": [],
+    }
+    if path.exists() and not options.fresh:
+        known = json.loads(path.read_text())
+        if not options.report and any(known.get(name) != value for name, value in document.items() if name != "rows"):
+            raise SystemExit(f"{path} was made with other settings; give --fresh or another --out.")
+        document = known
+    if not options.report:
+        done = {row["key"] for row in document["rows"]}
+        bench = Bench(options.out, options.passes)
+        wanted = [t for t in trials(options.denoisers, options.steps, options.budgets, options.ablations) if t.key not in done]
+        for trial in tqdm([t for t in wanted if re.search(options.only, t.key)], disable=None):
+            figures = bench.measure(trial)
+            document["rows"].append({"key": trial.key, **asdict(trial), **figures})
+            write_whole(path, json.dumps(document, indent=1) + "\n")
+            tqdm.write(f"{trial} {figures}")
+    learning_report.write(options.out)
+
+
+if __name__ == "__main__":
+    main()

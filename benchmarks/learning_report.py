@@ -1,0 +1,163 @@
+"""Tables and plot of what ``benchmarks.learning`` measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.quality_report import NAMES
+from maskcompile.files import write_whole
+
+Row = dict[str, Any]
+#: (kind, reuse) -> heading, in the order of the columns
+COLUMNS = {
+    ("search", "linear"): "**learned**",
+    ("search", "hold"): "learned, hold",
+    ("paper", "linear"): "paper's method, linear",
+    ("paper", "hold"): "paper's method",
+    ("uniform", "linear"): "uniform, linear",
+    ("uniform", "hold"): "uniform (FORA)",
+    ("deepcache", "linear"): "DeepCache, linear",
+    ("deepcache", "hold"): "DeepCache",
+    ("fewer steps", ""): "fewer steps",
+    ("random", "linear"): "random, linear",
+    ("random", "hold"): "random",
+}
+PLOTTED = {
+    ("search", "linear"): ("learned", "#1f4e79", "-"),
+    ("uniform", "linear"): ("uniform, linear", "#c4562f", "-"),
+    ("uniform", "hold"): ("uniform (FORA)", "#c4562f", ":"),
+    ("deepcache", "hold"): ("DeepCache", "#8a6bb0", ":"),
+    ("paper", "hold"): ("paper's method", "#3f8f5b", ":"),
+    ("fewer steps", ""): ("fewer steps", "#7a7f85", "-"),
+}
+
+
+def write(out: Path) -> None:
+    """``learning.md`` and ``learning.png`` from ``learning.json``."""
+    document = json.loads((out / "learning.json").read_text())
+    rows = [row for row in document["rows"] if "psnr" in row]
+    write_whole(out / "learning.md", report(document, rows))
+    draw(rows, out / "learning.png")
+
+
+def report(document: Row, rows: list[Row]) -> str:
+    """The whole page as Markdown."""
+    pictures = document["pictures"]
+    parts = [
+        "# Learned masks",
+        f"PSNR in dB (and below SSIM) of {pictures['held out']} final pictures to those of the unmasked DDIM sampler from the same "
+        f"noise, which learning has not seen; it learned from {pictures['learning']} others. The uniform and DeepCache masks are "
+        "the best, on these very pictures, of all intervals and numbers of warm-up steps that keep at most the budget and 0.01, "
+        "and at least three quarters of it. The search spent "
+        f"{document['passes']:g} sampling passes. {document['setting']} Made by `python -m benchmarks.learning`. A dash: not "
+        "measured, or there is none.",
+    ]
+    for steps in sorted({row["steps"] for row in rows}):
+        of = [row for row in rows if row["steps"] == steps and not row["rules"]]
+        parts += [f"## {steps} steps", "PSNR", table(of, "psnr", ".1f"), gains(of), "SSIM", table(of, "ssim", ".4f")]
+    parts += ["## What learning took", effort(rows), "## The paper's ablations", ablations(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def found(rows: list[Row], **wanted: Any) -> Row | None:
+    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+
+
+def table(rows: list[Row], figure: str, form: str) -> str:
+    lines = [
+        "| denoiser | budget | " + " | ".join(COLUMNS.values()) + " |",
+        "| --- | --- |" + " --- |" * len(COLUMNS),
+    ]
+    for name, budget in sorted({(row["denoiser"], row["budget"]) for row in rows}, reverse=True):
+        cells = []
+        for kind, reuse in COLUMNS:
+            row = found(rows, denoiser=name, budget=budget, kind=kind, reuse=reuse)
+            cells.append("-" if row is None else format(row[figure], form))
+        lines.append(f"| {NAMES[name]} | {budget:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gains(rows: list[Row]) -> str:
+    """How far the default is above the best of the others."""
+    lines = []
+    for name in sorted({row["denoiser"] for row in rows}, reverse=True):
+        differences: dict[float, float] = {}
+        for row in (r for r in rows if r["denoiser"] == name and (r["kind"], r["reuse"]) == ("search", "linear")):
+            others = [
+                r["psnr"] for r in rows if r["denoiser"] == name and r["budget"] == row["budget"] and r["kind"] != "search"
+            ]
+            if others:
+                differences[row["budget"]] = row["psnr"] - max(others)
+        above = [gain for budget, gain in differences.items() if budget >= 0.4]
+        if above:
+            each = ", ".join(f"{gain:+.1f} at {budget:.0%}" for budget, gain in sorted(differences.items()))
+            lines.append(
+                f"{NAMES[name]}: the learned mask against the best of the others (any but a search): {each}; "
+                f"mean from 40% on {mean(above):+.1f} dB."
+            )
+    return "\n\n".join(lines)
+
+
+def effort(rows: list[Row]) -> str:
+    """Work and time of learning."""
+    lines = [
+        "Work in sampling passes of the original over all pictures learned from, and time over that of one such pass (eager, the "
+        "same batch; the machine was not otherwise idle). Scores within 0.1 of 0 or 1: the paper's method.",
+        "",
+        "| denoiser | steps | budget | method | rule | work | time | scores near 0 or 1 | MACs kept | graphs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "passes" in row and not row["rules"]:
+            near = f"{row['scores_near_0_or_1']:.0%}" if "scores_near_0_or_1" in row else "-"
+            lines.append(
+                f"| {NAMES[row['denoiser']]} | {row['steps']} | {row['budget']:.0%} | {row['kind']} | {row['reuse']} "
+                f"| {row['passes']:.0f} | {row['passes_of_time']:.0f} | {near} | {row['share']:.1%} | {row['graphs']} |"
+            )
+    return "\n".join(lines)
+
+
+def ablations(rows: list[Row]) -> str:
+    """The paper's method without parts of it, under plain reuse, at half the MACs."""
+    lines = [
+        "Under plain reuse. The knowledge-guided rules are applied to the mask learned without rectification, with nothing put in "
+        "the place of what they save.",
+        "",
+        "| denoiser | steps | method | rules applied after | MACs kept | PSNR |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows, key=lambda r: (r["denoiser"], r["steps"], r["kind"], len(r["rules"]))):
+        if row["kind"].startswith("paper") and row["reuse"] == "hold" and row["budget"] == 0.5:
+            rules = ", ".join(row["rules"]) or "-"
+            lines.append(
+                f"| {NAMES[row['denoiser']]} | {row['steps']} | {row['kind']} | {rules} | {row['share']:.1%} | {row['psnr']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """PSNR against the share of the MACs, one panel for each denoiser and number of steps."""
+    panels = sorted({(row["denoiser"], row["steps"]) for row in rows}, key=lambda p: (p[1], p[0] != "unet"))
+    if not panels:
+        return
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axes, (name, steps) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (kind, reuse), (label, colour, style) in PLOTTED.items():
+            points = sorted(
+                (row["share"], row["psnr"])
+                for row in rows
+                if (row["denoiser"], row["steps"], row["kind"], row["reuse"]) == (name, steps, kind, reuse) and not row["rules"]
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3.5, color=colour, label=label)
+        axes.set_title(f"{NAMES[name]}, {steps} DDIM steps", fontsize=10)
+        axes.set_xlabel("share of the MACs kept")
+        axes.set_ylabel("PSNR to the unmasked pictures, dB")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
