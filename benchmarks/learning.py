@@ -1,9 +1,10 @@
 """Learned masks beside everything else that keeps as many MACs: ``python -m benchmarks.learning``.
 
-Goes on where it was stopped; ``--fresh`` starts over. For each denoiser, number of steps and budget: masks learned by the search
-(the default) and by the paper's method, under extrapolating and under plain reuse, uniform schedules, DeepCache as a mask (UNet),
-random masks, and fewer steps. PSNR and SSIM of the final pictures to those of the unmasked sampler from the same noise, which no
-learning has seen. ``--ablations`` adds the paper's two ablations and the knowledge-guided rules, each alone and together.
+Goes on where it was stopped; ``--fresh`` starts over. For each denoiser, number of steps and budget: masks learned by the
+search (the default) and by the paper's method, under extrapolating and under plain reuse, uniform schedules, DeepCache as a
+mask (UNet), random masks, and fewer steps. PSNR and SSIM of the final pictures to those of the unmasked sampler from the same
+noise, which no learning has seen. ``--ablations`` adds the paper's two ablations and the knowledge-guided rules, each alone and
+together.
 
 Learned masks are kept beside the results, in ``learned/``, as is the time that they took, in sampling passes of the original at
 the same batch. Writes ``learning.json`` after every result, then ``learning.md`` and the plot.
@@ -41,7 +42,6 @@ BUDGETS = (0.5, 0.4, 0.6, 0.8, 0.3, 0.7)
 LEARN, HELD_OUT = 8, 48
 #: seeds of the held-out noise; learning draws from 0 on
 SEED = 2_000_000
-RULES = {"hold": "hold", "linear": "linear"}
 
 #: name -> learn's method
 METHODS: dict[str, Any] = {
@@ -140,9 +140,8 @@ class Bench:
             if warmup < trial.steps
         ]
         shares = [mc.cost(program, mask).share for mask in candidates]
-        fitting = [
-            mask for mask, share in zip(candidates, shares, strict=True) if 0.75 * trial.budget <= share <= trial.budget + 0.01
-        ]
+        limits = 0.75 * trial.budget, trial.budget + 0.01
+        fitting = [mask for mask, share in zip(candidates, shares, strict=True) if limits[0] <= share <= limits[1]]
         if not fitting:
             return None, {}
         reference = self.unmasked(trial.denoiser, trial.steps)

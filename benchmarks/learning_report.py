@@ -50,12 +50,11 @@ def report(document: Row, rows: list[Row]) -> str:
     pictures = document["pictures"]
     parts = [
         "# Learned masks",
-        f"PSNR in dB (and below SSIM) of {pictures['held out']} final pictures to those of the unmasked DDIM sampler from the same "
-        f"noise, which learning has not seen; it learned from {pictures['learning']} others. The uniform and DeepCache masks are "
-        "the best, on these very pictures, of all intervals and numbers of warm-up steps that keep at most the budget and 0.01, "
-        "and at least three quarters of it. The search spent "
-        f"{document['passes']:g} sampling passes. {document['setting']} Made by `python -m benchmarks.learning`. A dash: not "
-        "measured, or there is none.",
+        f"PSNR in dB (and below SSIM) of {pictures['held out']} final pictures to those of the unmasked DDIM sampler from the "
+        f"same noise, which learning has not seen; it learned from {pictures['learning']} others. The uniform and DeepCache "
+        "masks are the best, on these very pictures, of all intervals and numbers of warm-up steps that keep at most the "
+        f"budget and 0.01, and at least three quarters of it. The search spent {document['passes']:g} sampling passes. "
+        f"{document['setting']} Made by `python -m benchmarks.learning`. A dash: not measured, or there is none.",
     ]
     for steps in sorted({row["steps"] for row in rows}):
         of = [row for row in rows if row["steps"] == steps and not row["rules"]]
@@ -106,8 +105,8 @@ def gains(rows: list[Row]) -> str:
 def effort(rows: list[Row]) -> str:
     """Work and time of learning."""
     lines = [
-        "Work in sampling passes of the original over all pictures learned from, and time over that of one such pass (eager, the "
-        "same batch; the machine was not otherwise idle). Scores within 0.1 of 0 or 1: the paper's method.",
+        "Work in sampling passes of the original over all pictures learned from, and time over that of one such pass (eager, "
+        "the same batch). Scores within 0.1 of 0 or 1: the paper's method.",
         "",
         "| denoiser | steps | budget | method | rule | work | time | scores near 0 or 1 | MACs kept | graphs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -125,8 +124,8 @@ def effort(rows: list[Row]) -> str:
 def ablations(rows: list[Row]) -> str:
     """The paper's method without parts of it, under plain reuse, at half the MACs."""
     lines = [
-        "Under plain reuse. The knowledge-guided rules are applied to the mask learned without rectification, with nothing put in "
-        "the place of what they save.",
+        "Under plain reuse. The knowledge-guided rules are applied to the mask learned without rectification, with nothing put "
+        "in the place of what they save.",
         "",
         "| denoiser | steps | method | rules applied after | MACs kept | PSNR |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -135,7 +134,8 @@ def ablations(rows: list[Row]) -> str:
         if row["kind"].startswith("paper") and row["reuse"] == "hold" and row["budget"] == 0.5:
             rules = ", ".join(row["rules"]) or "-"
             lines.append(
-                f"| {NAMES[row['denoiser']]} | {row['steps']} | {row['kind']} | {rules} | {row['share']:.1%} | {row['psnr']:.1f} |"
+                f"| {NAMES[row['denoiser']]} | {row['steps']} | {row['kind']} | {rules} | {row['share']:.1%} "
+                f"| {row['psnr']:.1f} |"
             )
     return "\n".join(lines)
 

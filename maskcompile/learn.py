@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from maskcompile._version import __version__
 from maskcompile.accounting import by_knowledge
-from maskcompile.learning.budget import TOLERANCE, Shares, add, check_budget, fill, ranked
+from maskcompile.learning.budget import TOLERANCE, Shares, check_budget, first_cells, ranked, single_cells
 from maskcompile.learning.fidelity import Fidelity
 from maskcompile.learning.memo import Memo
 from maskcompile.learning.processes import Processes, launched
@@ -190,11 +190,11 @@ def _by_scores(learning: _Learning, options: Paper) -> Mask:
     start = np.zeros_like(template.compute)
     start[0] = True
     cells = ranked(scores)
-    compute = ruled(fill(start, cells, lambda c: learning.shares(ruled(c)), budget))
-    if learning.shares(compute) < budget - TOLERANCE:
-        # The rules took away what was left to add, or all that is left is expensive, since more hangs on it: without what is
-        # computed in vain, a block can be added by itself.
-        compute = add(learning.shares.rectified(template.replace(compute)), cells[:1000], learning.shares, budget)
+
+    shares = learning.shares
+    compute = first_cells(start, cells, lambda c: shares(ruled(c)), budget)
+    compute = shares.rectified(template.replace(ruled(compute)))
+    compute = single_cells(compute, cells, shares, budget)
     described: dict[str, Any] = {"options": {**asdict(options), "rectification": list(options.rectification)}}
     described |= converged(scores)
     return template.replace(compute, method="paper", passes=round(passes, 1), **described)

@@ -41,8 +41,8 @@ class Shares:
         return rectify(self.slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
 
 
-def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
-    """``base`` with as many of ``cells`` computed, from the first on, as the budget allows, or one more within TOLERANCE."""
+def first_cells(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
+    """``base`` with as many of ``cells`` computed, from the first on, as the budget allows."""
     order = [cell for cell in cells if not base[cell]]
 
     def first(count: int) -> Compute:
@@ -58,25 +58,30 @@ def fill(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float]
             low = middle
         else:
             high = middle - 1
-    return add(first(low), order[low : low + 200], share, budget)
+    return first(low)
 
 
-def add(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
-    """``base`` with those of ``cells`` computed that fit the budget by themselves, one after the other."""
-    compute, rest = base, [cell for cell in cells if not base[cell]]
-    for cell in rest:
-        if share(compute) > budget - TOLERANCE / 4:
-            break
-        more = compute.copy()
-        more[cell] = True
-        if share(more) <= budget + 1e-9:
-            compute = more
-    if share(compute) < budget - TOLERANCE:  # as near from above, then
-        for cell in rest:
-            more = compute.copy()
-            more[cell] = True
-            if budget < share(more) <= budget + TOLERANCE:
-                return more
+def single_cells(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:
+    """``base`` with those of ``cells`` computed that fit what is left of the budget, one after the other.
+
+    A cell that costs nothing is computed in vain for now, and would make those downstream of it expensive; for the same reason
+    nothing in ``base`` should be computed in vain. Comes to TOLERANCE above the budget where it cannot come as near from below.
+    """
+    compute, order, now = base, [cell for cell in cells if not base[cell]], share(base)
+
+    def with_one(above: float, most: float) -> tuple[Compute, float] | None:
+        for cell in order:
+            if not compute[cell]:
+                more = compute.copy()
+                more[cell] = True
+                if above < (then := share(more)) <= most:
+                    return more, then
+        return None
+
+    while now < budget - TOLERANCE / 4 and (found := with_one(now, budget + 1e-9)):
+        compute, now = found
+    if now < budget - TOLERANCE and (found := with_one(budget, budget + TOLERANCE)):
+        compute, now = found
     return compute
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskcompile.learning.budget import TOLERANCE, Shares, fill, ranked
+from maskcompile.learning.budget import TOLERANCE, Shares, first_cells, ranked, single_cells
 from maskcompile.learning.fidelity import Fidelity, better
 from maskcompile.learning.memo import Memo
 from maskcompile.mask import Mask
@@ -106,9 +106,13 @@ def search(
     def whole(mask: Mask) -> Mask:
         """The mask with what the budget leaves spent on the cells that are worth most."""
         if shares(mask.compute, mask.reuse) <= budget - TOLERANCE / 2 and worth is not None:
-            mask = mask.replace(
-                fill(mask.compute, ranked(worth / np.maximum(macs, 1.0)), lambda c: shares(c, mask.reuse), budget)
-            )
+            order = ranked(worth / np.maximum(macs, 1.0))
+
+            def share(compute: Compute) -> float:
+                return shares(compute, mask.reuse)
+
+            compute = shares.rectified(mask.replace(first_cells(mask.compute, order, share, budget)))
+            mask = mask.replace(single_cells(compute, order, share, budget))
         return mask.replace(shares.rectified(mask))
 
     best: Found | None = None
