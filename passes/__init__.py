@@ -1,4 +1,6 @@
-"""The compiler passes: capture -> blocks -> dependencies -> rectify -> plan -> specialise, a file and a plain function each.
+"""The compiler passes: capture -> blocks -> dependencies -> reuse -> rectify -> plan -> specialise, a file and a plain function each.
+
+Beside them ``knowledge`` (rules that change results a little) and ``relax`` (scores in the place of decisions), for learning.
 
 They know graphs, not models: nothing here imports diffusers or asks for the class of a denoiser. ``maskcompile`` is the
 package to use; this one is what it is made of.
