@@ -1,4 +1,4 @@
-"""The compiler passes: capture -> blocks -> dependencies -> reuse -> rectify -> plan -> specialise, a file and a plain function each.
+"""The compiler passes: capture -> blocks -> dependencies -> reuse -> rectify -> plan -> specialise, a file and a function each.
 
 Beside them ``knowledge`` (rules that change results a little) and ``relax`` (scores in the place of decisions), for learning.
 

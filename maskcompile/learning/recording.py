@@ -95,7 +95,8 @@ def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = N
         previous = calls[-1].call if calls else None
         with torch.no_grad():
             result = forward(*args, **kwargs)
-        calls.append(RecordedCall(_copy(call, previous), _tensors(result)))
+            with torch.inference_mode(False):  # copies that a gradient may flow through later
+                calls.append(RecordedCall(_copy(call, previous), _tensors(result)))
         return result
 
     with replaced_forward(model, recorded):

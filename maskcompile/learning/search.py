@@ -120,6 +120,8 @@ def search(
 
     def consider(mask: Mask) -> None:
         nonlocal best
+        if best is not None and evaluate.passes >= passes:
+            return
         mask = whole(mask)
         if (mask.compute.tobytes(), mask.reuse) in tried or shares(mask.compute, mask.reuse) > budget + TOLERANCE:
             return
