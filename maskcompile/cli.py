@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from maskcompile.learning.scores import Paper
 from maskcompile.mask import Mask
 from maskcompile.program import trace
 from maskcompile.schedulers import log_snr
-from passes.capture import CaptureError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     learning.add_argument("--reuse", choices=("auto", "hold", "linear"), default="auto")
     learning.add_argument("--call", type=json.loads, default={}, help="further arguments of the pipeline, or inputs, as JSON")
     learning.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    learning.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    learning.add_argument("--device", default=_device())
     learning.add_argument("--checkpoint", type=Path, help="go on from here when interrupted (default: beside the mask)")
     showing = commands.add_parser("show", help="print a mask, and draw it with --png")
     showing.add_argument("mask", type=Path)
@@ -50,10 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         {"learn": _learn, "show": _show, "inspect": _inspect}[options.command](options)
-    except (ValueError, OSError, CaptureError, FloatingPointError, ImportError) as error:
-        print(f"maskcompile {options.command}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, OSError, FloatingPointError, ImportError) as error:
+        print(f"maskcompile {options.command}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0
+
+
+def _device() -> str:
+    """The GPU of this process where there are several, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -83,15 +88,18 @@ def _learn(options: argparse.Namespace) -> None:
     method: Any = Paper() if options.method == "paper" else Search(**({"passes": options.passes} if options.passes else {}))
     of = _pipeline if (options.folder / "model_index.json").exists() else _loop
     model, scheduler, sample = of(options, dtype)
-    scheduler.set_timesteps(options.steps)
+    sample(options.seeds[0])  # after which a pipeline's scheduler has the timesteps of its runs
     try:
         snr = log_snr(scheduler)
-    except ValueError:
-        snr = None  # a kind of scheduler that is not known: distances are counted in steps
+    except ValueError as unknown:
+        snr = None
+        print(f"distances are counted in steps: {unknown}", file=sys.stderr)
     mask = learn(
         model, sample, options.budget, method=method, reuse=options.reuse, log_snr=snr, seeds=options.seeds,
         checkpoint=options.checkpoint or options.mask.with_suffix(".checkpoint"),
     )  # fmt: skip
+    if os.environ.get("RANK", "0") != "0":
+        return
     mask.save(options.mask)
     if options.checkpoint is None:
         options.mask.with_suffix(".checkpoint").unlink(missing_ok=True)
@@ -166,6 +174,10 @@ def _inputs(model: nn.Module, batch: int, call: dict[str, Any], seed: int = 0) -
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(parameter)
     first = next(iter(inspect.signature(model.forward).parameters))
     given = {k: torch.tensor(v, device=parameter.device) if isinstance(v, list) else v for k, v in call.items()}
+    if "encoder_hidden_states" not in given and isinstance(width := config.get("cross_attention_dim"), int):
+        given["encoder_hidden_states"] = torch.randn((batch, 8, width), generator=torch.Generator().manual_seed(seed)).to(
+            parameter
+        )
     if "class_labels" not in given and config.get("num_embeds_ada_norm"):  # a class-conditional DiT
         given["class_labels"] = torch.arange(batch, device=parameter.device) % config["num_embeds_ada_norm"]
     timestep = torch.full((batch,), 500, device=parameter.device)

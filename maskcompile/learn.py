@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -93,22 +94,29 @@ def learn(
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds are one or more different numbers; got {list(seeds)}.")
     check_budget(budget, 0.0)
-    with launched() as processes:
+    with launched() as processes, torch.inference_mode(False):
         recordings = [record(model, sample, seed, timestep) for seed in seeds]
         _check_alike(recordings)
         first = recordings[0].steps[0][0].call
         program = trace(model, *first.args, blocks=blocks, **first.kwargs)
+        if not program.blocks:
+            raise ValueError(f"no block was found in {type(model).__name__}; name some by learn(..., blocks=[...]).")
         template = _template(program, recordings[0].timesteps, log_snr)
         rules = _rules(reuse, template, options)
         template = template.replace(reuse=rules[0])
         shares = Shares(program, template)
         check_budget(budget, shares(np.zeros_like(template.compute)))
+        if budget == 1:
+            return template.replace(method="none", budget=budget, share=1.0)
         settings = {
             "denoiser": program.denoiser, "block hash": program.block_hash, "blocks": program.names,
             "timesteps": template.timesteps, "log-SNR": template.log_snr, "budget": budget, "seeds": list(seeds),
             "reuse rule": rules, "method": [type(options).__name__, repr(options)], "weights": _weights_sum(model),
+            "sampler (what it calls the denoiser with, and returns)": _digest(recordings),
+            "backend": backend if isinstance(backend, str) else repr(backend),
         }  # fmt: skip
         memo = Memo(checkpoint, settings, writes=processes.rank == 0)
+        memo.results = processes.first(memo.results)  # others may not see the file
         relaxed = RelaxedDenoiser(model, program.names, {first.key: program.capture})
         with tqdm(desc="learning", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
             learning = _Learning(recordings, program, template, budget, shares, relaxed, memo, processes, bar)
@@ -194,7 +202,13 @@ def _by_scores(learning: _Learning, options: Paper) -> Mask:
     shares = learning.shares
     compute = first_cells(start, cells, lambda c: shares(ruled(c)), budget)
     compute = shares.rectified(template.replace(ruled(compute)))
-    compute = single_cells(compute, cells, shares, budget)
+
+    def kept(compute: Compute) -> float:
+        """The share, out of reach for what the rules would take away again."""
+        return shares(compute) if (ruled(compute) == compute).all() else float("inf")
+
+    compute = single_cells(compute, cells, kept, budget)
+    compute = single_cells(compute, cells, shares, budget) if shares(compute) < budget - TOLERANCE else compute
     described: dict[str, Any] = {"options": {**asdict(options), "rectification": list(options.rectification)}}
     described |= converged(scores)
     return template.replace(compute, method="paper", passes=round(passes, 1), **described)
@@ -245,6 +259,15 @@ def _deepcaches(program: Program, template: Mask, budget: float, shares: Shares)
                 found.append(compute)
                 break
     return found
+
+
+def _digest(recordings: Sequence[Recording]) -> str:
+    """Of what the first call of each pass was given, and what the pass came to, to three digits: GPUs differ after more."""
+    described = []
+    for r in recordings:
+        tensors = (r.outcome, *r.steps[0][0].call.tensors, *r.steps[0][0].results)
+        described += [(list(t.shape), str(t.dtype), f"{t.double().abs().mean().item():.2e}") for t in tensors]
+    return sha256(repr(described).encode()).hexdigest()[:16]
 
 
 def _weights_sum(model: nn.Module) -> str:

@@ -43,13 +43,13 @@ class Fidelity:
         processes: Processes,
     ) -> None:
         self.model, self.sample, self.references, self.processes = model, sample, references, processes
-        self.seeds = tuple(references)
+        self.seeds, self.timestep = tuple(references), timestep
         self.fast = optimize(model, full, backend=backend, timestep=timestep)
         self.own_forward = instance_forward(model)
 
     def __call__(self, mask: Mask, seeds: Sequence[int] | None = None) -> NDArray[np.float64]:
         wanted = self.seeds if seeds is None else tuple(seeds)
-        own = {seed: self._of(mask, seed) for seed in self.processes.mine(wanted)}
+        own = {seed: self._of(mask, seed) for seed in (seed for seed in wanted if seed in self.processes.mine(self.seeds))}
         every = self.processes.gather(own)
         return np.concatenate([every[seed] for seed in wanted])
 
@@ -58,7 +58,7 @@ class Fidelity:
             self.fast.forget_graphs(MOST_GRAPHS)
             self.fast.set_mask(mask)
         self.fast.reset()
-        got = outcome_of(self.model, self.sample, seed, self._masked)
+        got = outcome_of(self.model, self.sample, seed, self._masked, self.timestep)
         return fidelity(got, self.references[seed])
 
     def _masked(self, *args: Any, **kwargs: Any) -> Any:

@@ -34,6 +34,14 @@ class Processes:
         cut = [round(len(pieces) * i / self.count) for i in range(self.count + 1)]
         return pieces[cut[self.rank] : cut[self.rank + 1]]
 
+    def first(self, value: Value) -> Value:
+        """The first process's value, in each."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=_group())
+        return values[0]
+
     def gather(self, results: Mapping[Key, Value]) -> dict[Key, Value]:
         """The results of all processes, in each. Where one has failed, its launcher ends the others."""
         if self.count == 1:

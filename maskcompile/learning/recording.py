@@ -80,8 +80,8 @@ def _set_forward(model: nn.Module, forward: object) -> None:
 def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = None) -> Recording:
     """Run ``sample(seed)`` and record the calls of ``model``.
 
-    Raises ValueError for a pass that never calls the denoiser, whose timesteps do not rise or fall throughout, or in which the
-    denoiser or the outcome is not finite; whatever ``sample`` raises is raised as it is.
+    Raises ValueError for a pass that never calls the denoiser, or whose timesteps do not rise or fall throughout, and
+    FloatingPointError where the denoiser or the outcome is not finite; whatever ``sample`` raises is raised as it is.
     """
     calls: list[RecordedCall] = []
     forward, signature = model.forward, inspect.signature(model.forward)
@@ -92,11 +92,12 @@ def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = N
             raise ValueError(
                 f"{type(model).__name__}.forward has no timestep among its arguments; pass learn(..., timestep='its name')."
             )
-        previous = calls[-1].call if calls else None
+        with torch.inference_mode(False):  # copies that a gradient may flow through later
+            copied = _copy(call, calls[-1].call if calls else None)
         with torch.no_grad():
             result = forward(*args, **kwargs)
-            with torch.inference_mode(False):  # copies that a gradient may flow through later
-                calls.append(RecordedCall(_copy(call, previous), _tensors(result)))
+            with torch.inference_mode(False):
+                calls.append(RecordedCall(copied, _tensors(result)))
         return result
 
     with replaced_forward(model, recorded):
@@ -112,22 +113,29 @@ def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = N
                 f"the denoiser's output is not finite at step {step} (timestep {timesteps[step]:g}) of sample({seed}), "
                 "without any mask."
             )
-    return Recording(seed, timesteps, steps, outcome(returned, calls[-1]))
+    came_to = outcome(returned, calls[-1])
+    if not came_to.isfinite().all():
+        raise FloatingPointError(
+            f"what sample({seed}) returned is not finite, although the denoiser's outputs are; is a decoder in half precision?"
+        )
+    return Recording(seed, timesteps, steps, came_to)
 
 
-def outcome_of(model: nn.Module, sample: Sample, seed: int, forward: Callable[..., Any]) -> Tensor:
+def outcome_of(model: nn.Module, sample: Sample, seed: int, forward: Callable[..., Any], timestep: str | None = None) -> Tensor:
     """What ``sample(seed)`` comes to where ``forward`` stands for the denoiser's: see ``outcome``."""
     last: list[RecordedCall] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
+        call = _copy(bind(model, args, kwargs, signature, timestep), None)  # before the sampler changes its tensors in place
         result = forward(*args, **kwargs)
-        call = bind(model, args, kwargs, signature)
         last[:] = [RecordedCall(call, _tensors(result))]
         return result
 
     signature = inspect.signature(model.forward)
     with replaced_forward(model, watched):
         returned = sample(seed)
+    if not last:
+        raise ValueError(f"sample({seed}) did not call the denoiser when it was run again; it must at every call.")
     return outcome(returned, last[0])
 
 

@@ -70,9 +70,11 @@ class RelaxedDenoiser:
                     if theirs.is_floating_point()
                 ]
                 error = torch.stack(parts).mean() / len(calls)
-                (slope,) = torch.autograd.grad(error, own, allow_unused=True)
+                # Scaled: the gradient of a mean over many numbers would vanish in half precision.
+                scale = float(sum(theirs.numel() for theirs in recorded.results))
+                (slope,) = torch.autograd.grad(error * scale, own, allow_unused=True)
             total += error.detach()
-            gradient += torch.zeros_like(gradient) if slope is None else slope
+            gradient += torch.zeros_like(gradient) if slope is None else slope / scale
         return total, gradient
 
     def _of(self, call: Call) -> _Graphs:

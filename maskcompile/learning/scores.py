@@ -122,7 +122,8 @@ def learn_scores(
             visited = _epoch(relaxed, recording, own, target, scaling, state, options, epoch, seed, report)
             steepness = _merge(processes.gather(visited), state)
             if epoch == 0:  # at this price the loss is as steep in the MACs as it is in the fidelity
-                state.price = float(np.median(steepness / target.weights))
+                ratio = steepness / target.weights
+                state.price = float(np.median(ratio[ratio > 0])) if (ratio > 0).any() else 1.0
             else:
                 state.price *= float(np.clip((target.share(state.scores) / target.budget) ** 2, 0.5, 2.0))
             memo[key] = {name: getattr(state, name).tolist() for name in ("logits", "first", "second")} | {"price": state.price}

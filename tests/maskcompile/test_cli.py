@@ -15,6 +15,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
     diffusers.DDIMPipeline(denoiser("unet2d").model, diffusers.DDIMScheduler()).save_pretrained(root / "pipeline")
     denoiser("dit").model.save_pretrained(root / "dit")
+    denoiser("unet2d_condition").model.save_pretrained(root / "condition")
     return root
 
 
@@ -47,11 +48,11 @@ def test_learn_and_show(folders, tmp_path, capsys, folder, steps):
     assert (tmp_path / "mask.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("folder", ["pipeline", "dit"])
+@pytest.mark.parametrize("folder", ["pipeline", "dit", "condition"])
 def test_inspect(folders, tmp_path, capsys, folder):
     assert main(["inspect", str(folders / folder), "--png", str(tmp_path / "blocks.png")]) == 0
     shown = capsys.readouterr().out
-    block = {"pipeline": "down_blocks.0.resnets.0", "dit": "transformer_blocks.1.ff"}[folder]
+    block = {"pipeline": "down_blocks.0.resnets.0", "dit": "transformer_blocks.1.ff"}.get(folder, "mid_block.resnets.0")
     assert block in shown
     assert (tmp_path / "blocks.png").stat().st_size > 1000
 

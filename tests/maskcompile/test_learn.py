@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 from torch import nn
 
 import maskcompile as mc
-from maskcompile.learning.fidelity import fidelity
+from maskcompile.learning.fidelity import Fidelity, fidelity
+from maskcompile.learning.processes import Processes
+from maskcompile.learning.recording import record
 from maskcompile.learning.relaxed import RelaxedDenoiser
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
@@ -195,6 +198,14 @@ def test_interrupted_it_comes_to_the_same_mask(case, tmp_path, method):
     assert len(calls) == 2 * STEPS
 
 
+def test_a_checkpoint_of_another_sampler_is_refused(case, tmp_path):
+    path, sample = tmp_path / "learning.json", sampler(case)
+    mc.learn(case.model, sample, 0.5, method=QUICK, checkpoint=path, progress=False)
+    for other in (lambda seed: sample(seed)[:1], lambda seed: sample(seed + 9)):
+        with pytest.raises(ValueError, match="another sampler"):
+            mc.learn(case.model, other, 0.5, method=QUICK, checkpoint=path, progress=False)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(case, tmp_path):
     path = tmp_path / "learning.json"
     mc.learn(case.model, sampler(case), 0.5, method=QUICK, checkpoint=path, progress=False)
@@ -284,6 +295,43 @@ def test_a_pipeline(case):
     assert report.signatures[0].share == pytest.approx(mask.provenance["share"], abs=1e-4)
 
 
+@pytest.mark.parametrize("returns", ["tensor", "nothing", "pictures", "dictionary"])
+def test_a_full_mask_changes_nothing(case, returns):
+    """Whatever a sampler returns, and though it changes its sample in place."""
+
+    def sample(seed):
+        x = case.inputs(case.batch, 999, seed)[0][0].clone()
+        for t in range(900, 300, -100):
+            with torch.no_grad():
+                x.sub_(tensors_of(case.model(x, torch.tensor(t)))[0], alpha=0.1)
+        array = (x.clamp(-1, 1) * 127 + 128).permute(0, 2, 3, 1).byte().numpy()
+        kinds = {"tensor": x, "nothing": None, "pictures": [Image.fromarray(a) for a in array], "dictionary": {"x": x, "n": 3}}
+        return kinds[returns]
+
+    recording = record(case.model, sample, 0)
+    assert len(recording.outcome) == case.batch
+    full = mc.Mask.full(["mid_block.attentions.0"], recording.timesteps)
+    measured = Fidelity(case.model, sample, {0: recording.outcome}, full, "eager", None, Processes())
+    assert measured(full).tolist() == [80.0] * case.batch
+    off = measured(full.replace(np.arange(full.steps)[:, None] == 0))
+    assert (off < 70).all()
+
+
+@pytest.mark.parametrize("method", [mc.Search(passes=4), QUICK])
+def test_under_inference_mode(case, method):
+    plain = mc.learn(case.model, sampler(case), 0.5, method=method, progress=False)
+    with torch.inference_mode():
+        assert mc.learn(case.model, sampler(case), 0.5, method=method, progress=False) == plain
+
+
+def test_the_papers_mask_keeps_to_its_rules(case):
+    args, kwargs = case.inputs(case.batch, 999, 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    mask = mc.learn(case.model, sampler(case, steps=40), 0.6, method=QUICK, progress=False)
+    rules = mask.provenance["options"]["rectification"]
+    assert mc.cost(program, mc.rectify(mask, program, rules)).share == mc.cost(program, mask).share
+
+
 def test_the_model_is_left_as_it_was(case):
     parameters = list(case.model.parameters())
     parameters[0].grad = torch.ones_like(parameters[0])
@@ -341,6 +389,12 @@ def test_what_is_not_finite_stops_with_the_step_named(case):
     with pytest.raises(FloatingPointError, match=r"step 3 \(timestep 600\)"):
         mc.learn(case.model, sample, 0.5, progress=False)
     assert "forward" not in vars(case.model)
+    with pytest.raises(FloatingPointError, match=r"what sample\(0\) returned is not finite"):
+        mc.learn(case.model, lambda seed: sampler(case)(seed) * float("nan"), 0.5, progress=False)
+
+
+def test_a_budget_of_everything(case):
+    assert mc.learn(case.model, sampler(case), 1.0, progress=False).compute.all()
 
 
 def test_memory_does_not_grow_with_the_steps(case, monkeypatch):
