@@ -68,18 +68,22 @@ def single_cells(base: Compute, cells: Iterable[Cell], share: Callable[[Compute]
     nothing in ``base`` should be computed in vain. Comes to TOLERANCE above the budget where it cannot come as near from below.
     """
     compute, order, now = base, [cell for cell in cells if not base[cell]], share(base)
+    too_large: set[Cell] = set()  # once, and so not asked again
 
     def with_one(above: float, most: float) -> tuple[Compute, float] | None:
         for cell in order:
-            if not compute[cell]:
+            if not compute[cell] and cell not in too_large:
                 more = compute.copy()
                 more[cell] = True
                 if above < (then := share(more)) <= most:
                     return more, then
+                if then > most:
+                    too_large.add(cell)
         return None
 
     while now < budget - TOLERANCE / 4 and (found := with_one(now, budget + 1e-9)):
         compute, now = found
+    too_large.clear()
     if now < budget - TOLERANCE and (found := with_one(budget, budget + TOLERANCE)):
         compute, now = found
     return compute

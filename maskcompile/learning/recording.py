@@ -23,6 +23,8 @@ from maskcompile.signature import Call, bind
 #: One sampling pass that calls the denoiser; what it returns is compared where there are tensors, arrays or pictures in it.
 Sample = Callable[[int], Any]
 _ABSENT = object()
+#: Calls back to look for a tensor that is given again: more than guidance or a 2nd-order solver makes in a step.
+MOST_ALIKE = 8
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = N
                 f"{type(model).__name__}.forward has no timestep among its arguments; pass learn(..., timestep='its name')."
             )
         with torch.inference_mode(False):  # copies that a gradient may flow through later
-            copied = _copy(call, calls[-1].call if calls else None)
+            copied = _copy(call, [t for c in calls[-MOST_ALIKE:] for t in c.call.tensors])
         with torch.no_grad():
             result = forward(*args, **kwargs)
             with torch.inference_mode(False):
@@ -126,7 +128,7 @@ def outcome_of(model: nn.Module, sample: Sample, seed: int, forward: Callable[..
     last: list[RecordedCall] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        call = _copy(bind(model, args, kwargs, signature, timestep), None)  # before the sampler changes its tensors in place
+        call = _copy(bind(model, args, kwargs, signature, timestep), [])  # before the sampler changes its tensors in place
         result = forward(*args, **kwargs)
         last[:] = [RecordedCall(call, _tensors(result))]
         return result
@@ -175,13 +177,16 @@ def _comparable(leaf: Any) -> Tensor | None:
     return leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
 
 
-def _copy(call: Call, previous: Call | None) -> Call:
-    """The call with tensors of its own; those that the call before had as well (text embeddings, say) are shared with it."""
-    before = previous.tensors if previous is not None and previous.key == call.key else ()
-    kept = [
-        before[i] if i < len(before) and t.shape == before[i].shape and torch.equal(t, before[i]) else t.detach().clone()
-        for i, t in enumerate(call.tensors)
-    ]
+def _copy(call: Call, known: Sequence[Tensor]) -> Call:
+    """The call with tensors of its own; those that are given again and again (text embeddings, say) are shared."""
+
+    def own(tensor: Tensor) -> Tensor:
+        for other in known:
+            if other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor):
+                return other
+        return tensor.detach().clone()
+
+    kept = [own(t) for t in call.tensors]
     position = {id(t): i for i, t in enumerate(call.tensors)}
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: kept[position[id(t)]], (call.args, call.kwargs))
     timestep = None if call.timestep is None else call.timestep.detach().clone()

@@ -7,8 +7,8 @@ and what goes wrong in the first steps decides what the picture shows. So the se
 2. improves the best by moving computed steps, and parts of them, in time: one change, one masked pass on the first half of the
    seeds, and where that is no worse one on the rest; kept where the mean gain exceeds its standard error over the pictures.
 
-No step is differentiated through another, nothing is stored for each step but the sampler's inputs, and what is found is what
-runs, since the specialised graphs themselves are measured.
+No step is differentiated through another, nothing is stored for each step but what the denoiser was given and returned, and
+what is found is what runs, since the specialised graphs themselves are measured.
 """
 
 from __future__ import annotations
