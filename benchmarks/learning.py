@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,20 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 import maskcompile as mc
-from benchmarks import learning_report
-from benchmarks.quality import fewer_steps, weights_hash
+from benchmarks import learning_report, rows
+from benchmarks.quality import DENOISERS, fewer_steps, weights_hash
 from benchmarks.reference import load
 from benchmarks.sampling import Task, noise, psnr, sample, with_solver
 from benchmarks.timing import hardware
-from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (20, 50, 100)
 BUDGETS = (0.5, 0.4, 0.6, 0.8, 0.3, 0.7)
-#: pictures of a learning pass (for each of two seeds), and held-out ones in all
-LEARN, HELD_OUT = 8, 48
+#: pictures of a learning pass (for each of two seeds), held-out ones in all, and those of them that uniform and DeepCache
+#: masks are chosen by
+LEARN, HELD_OUT, CHOOSE = 8, 48, 16
+#: steps above which the search gets fewer passes, in proportion
+LONG = 50
 #: seeds of the held-out noise; learning draws from 0 on
 SEED = 2_000_000
 
@@ -79,23 +82,22 @@ class Trial:
 
 def trials(denoisers: list[str], steps: list[int], budgets: list[float], ablations: bool) -> Iterator[Trial]:
     """All of them, what matters most first."""
-    for total in steps:
-        for kind, reuse in (("search", "linear"), ("paper", "hold"), ("search", "hold"), ("paper", "linear")):
-            for budget in budgets:
-                for name in denoisers:
-                    yield Trial(name, total, budget, kind, reuse)
-                    if (kind, reuse) != ("search", "linear"):
-                        continue
-                    for other in ("uniform", "deepcache", "random") if name == "unet" else ("uniform", "random"):
-                        for rule in ("linear", "hold"):
-                            yield Trial(name, total, budget, other, rule)
-                    yield Trial(name, total, budget, "fewer steps", "")
-        if ablations:
-            for name in denoisers:
-                for kind in list(METHODS)[2:]:
-                    yield Trial(name, total, 0.5, kind, "hold")
-                for rules in (("reused_inputs",), ("reused_consumers",), ("reused_inputs", "reused_consumers")):
-                    yield Trial(name, total, 0.5, "paper, no rectification", "hold", rules)
+    for total, budget, name in product(steps, budgets, denoisers):
+        yield Trial(name, total, budget, "search")
+        for other in ("uniform", "deepcache", "random") if name == "unet" else ("uniform", "random"):
+            yield Trial(name, total, budget, other)
+            yield Trial(name, total, budget, other, "hold")
+        yield Trial(name, total, budget, "fewer steps", "")
+    for total, budget, name in product(steps, budgets, denoisers):
+        yield Trial(name, total, budget, "paper", "hold")
+    for total, name in product(steps, denoisers) if ablations else ():
+        for kind in list(METHODS)[2:]:
+            yield Trial(name, total, 0.5, kind, "hold")
+        for rules in (("reused_inputs",), ("reused_consumers",), ("reused_inputs", "reused_consumers")):
+            yield Trial(name, total, 0.5, "paper, no rectification", "hold", rules)
+    for total, budget, name in product(steps, budgets, denoisers):
+        yield Trial(name, total, budget, "search", "hold")
+        yield Trial(name, total, budget, "paper", "linear")
 
 
 class Bench:
@@ -144,9 +146,9 @@ class Bench:
         fitting = [mask for mask, share in zip(candidates, shares, strict=True) if limits[0] <= share <= limits[1]]
         if not fitting:
             return None, {}
-        reference = self.unmasked(trial.denoiser, trial.steps)
-        # The best of them on the held-out pictures themselves: the rival gets the benefit.
-        best = max(fitting, key=lambda mask: psnr(self.draw(trial, mask), reference).mean().item())
+        reference = self.unmasked(trial.denoiser, trial.steps)[:CHOOSE]
+        # The best of them on held-out pictures themselves: the rival gets the benefit.
+        best = max(fitting, key=lambda mask: psnr(self.draw(trial, mask, CHOOSE), reference).mean().item())
         return best, {"interval": best.provenance["interval"], "warmup": best.provenance["warmup"]}
 
     def learned(self, trial: Trial, t: Task, log_snr: tuple[float, ...]) -> tuple[mc.Mask, dict[str, Any]]:
@@ -155,7 +157,7 @@ class Bench:
             path.parent.mkdir(exist_ok=True)
             method = METHODS[trial.kind]
             if isinstance(method, mc.Search):
-                method = mc.Search(passes=self.passes)
+                method = mc.Search(passes=self.passes * min(1, LONG / trial.steps))
 
             def one(seed: int) -> Tensor:
                 return sample(t, t.denoiser, noise(LEARN, 1000 * seed))
@@ -176,11 +178,11 @@ class Bench:
         taken = {key: mask.provenance[key] for key in keys if key in mask.provenance}
         return (mc.rectify(mask, self.programs[trial.denoiser], trial.rules) if trial.rules else mask), taken
 
-    def draw(self, trial: Trial, mask: mc.Mask) -> Tensor:
+    def draw(self, trial: Trial, mask: mc.Mask, pictures: int = HELD_OUT) -> Tensor:
         fast = self.fast[trial.denoiser]
         fast.forget_graphs(100)
         fast.set_mask(mask)
-        return sample(self.task(trial.denoiser, trial.steps), fast, noise(HELD_OUT, SEED))
+        return sample(self.task(trial.denoiser, trial.steps), fast, noise(HELD_OUT, SEED)[:pictures])
 
     def measure(self, trial: Trial) -> dict[str, Any]:
         reference = self.unmasked(trial.denoiser, trial.steps)
@@ -217,7 +219,7 @@ def random_mask(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--denoisers", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--denoisers", nargs="+", default=list(DENOISERS))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--passes", type=float, default=60.0, help="of the search")
@@ -228,28 +230,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="torch")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "learning.json"
-    document: dict[str, Any] = {
-        "setting": f"Float32, backend eager; {hardware()}.",
-        "passes": options.passes,
-        "pictures": {"learning": 2 * LEARN, "held out": HELD_OUT},
-        "weights": {name: weights_hash(name) for name in options.denoisers},
-        "rows": [],
-    }
-    if path.exists() and not options.fresh:
-        known = json.loads(path.read_text())
-        if not options.report and any(known.get(name) != value for name, value in document.items() if name != "rows"):
-            raise SystemExit(f"{path} was made with other settings; give --fresh or another --out.")
-        document = known
     if not options.report:
-        done = {row["key"] for row in document["rows"]}
+        path = options.out / "learning.json"
+        settings = {
+            "setting": f"Float32, backend eager; {hardware(threads=False)}.",
+            "passes": options.passes,
+            "pictures": {"learning": 2 * LEARN, "held out": HELD_OUT, "choosing": CHOOSE},
+            "weights": {name: weights_hash(name) for name in DENOISERS},
+        }
+        done = rows.opened(path, settings, options.fresh)
         bench = Bench(options.out, options.passes)
         wanted = [t for t in trials(options.denoisers, options.steps, options.budgets, options.ablations) if t.key not in done]
         for trial in tqdm([t for t in wanted if re.search(options.only, t.key)], disable=None):
             figures = bench.measure(trial)
-            document["rows"].append({"key": trial.key, **asdict(trial), **figures})
-            write_whole(path, json.dumps(document, indent=1) + "\n")
+            rows.add(path, {"key": trial.key, **asdict(trial), **figures})
             tqdm.write(f"{trial} {figures}")
     learning_report.write(options.out)
 

@@ -31,16 +31,16 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 import maskcompile as mc
-from benchmarks import quality_report, taylorseer
+from benchmarks import quality_report, rows, taylorseer
 from benchmarks.masks import Choice, choices
 from benchmarks.reference import HERE, load
 from benchmarks.reference.classifier import load_features
 from benchmarks.reference.train import training_pictures
 from benchmarks.sampling import Task, noise, psnr, sample, with_solver
 from benchmarks.timing import hardware
-from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
+DENOISERS = ("unet", "dit")
 STEPS = (50, 20, 100)
 BATCH = 48
 #: pictures for PSNR and SSIM, for the Frechet distance, and steps of the limit
@@ -231,7 +231,7 @@ def weights_hash(name: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--denoisers", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--denoisers", nargs="+", default=list(DENOISERS))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--pictures", type=int, default=FEW, help="for PSNR and SSIM")
     parser.add_argument("--frechet", type=int, default=MANY, help="pictures for the Frechet distance; 0 leaves it out")
@@ -246,25 +246,17 @@ def main(arguments: list[str] | None = None) -> None:
     if options.pictures % options.batch or options.frechet % options.batch:
         parser.error("--pictures and --frechet are multiples of --batch.")
     warnings.filterwarnings("ignore", module="torch")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "quality.json"
-    features = "Inception" if options.inception else "classifier"
-    document: dict[str, Any] = {
-        "setting": f"Batch {options.batch}, float32, backend {options.backend}; {hardware()}.",
-        "pictures": options.pictures,
-        "frechet_pictures": options.frechet,
-        "features": features,
-        "limit": LIMIT,
-        "weights": {name: weights_hash(name) for name in options.denoisers},
-        "rows": [],
-    }
-    if path.exists() and not options.fresh:
-        known = json.loads(path.read_text())
-        if not options.report and any(known.get(name) != value for name, value in document.items() if name != "rows"):
-            raise SystemExit(f"{path} was made with other settings; give --fresh or another --out.")
-        document = known
     if not options.report:
-        done = {row["key"] for row in document["rows"]}
+        path = options.out / "quality.json"
+        settings = {
+            "setting": f"Batch {options.batch}, float32, backend {options.backend}; {hardware(threads=False)}.",
+            "pictures": options.pictures,
+            "frechet_pictures": options.frechet,
+            "features": "Inception" if options.inception else "classifier",
+            "limit": LIMIT,
+            "weights": {name: weights_hash(name) for name in DENOISERS},
+        }
+        done = rows.opened(path, settings, options.fresh)
         samplers, metrics = Samplers(options.backend, options.batch), frechet_metrics(options.inception, options.frechet)
         wanted = [t for t in trials(options.denoisers, tuple(options.steps)) if re.search(options.only, t.key)]
         wanted = [t for t in wanted if options.frechet or not t.frechet]
@@ -275,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "warmup": trial.choice.warmup if trial.choice else None,
                 "rule": f"TaylorSeer hook, order {trial.hook}" if trial.hook else trial.choice and trial.choice.reuse,
             }
-            document["rows"].append({"key": trial.key, **described, **figures})
-            write_whole(path, json.dumps(document, indent=1) + "\n")
+            rows.add(path, {"key": trial.key, **described, **figures})
             tqdm.write(f"{described['denoiser']} {trial.steps}/{trial.reference} {trial.solver} {described['mask']} "
                        f"{described['rule']} {figures}")  # fmt: skip
     quality_report.write(options.out)

@@ -66,14 +66,14 @@ def difference(ours: Timing, other: Timing, baseline: Timing) -> tuple[float, fl
     return middle, low, high
 
 
-def hardware() -> str:
-    """Processor or GPU, threads and versions, for the line beside every figure."""
+def hardware(threads: bool = True) -> str:
+    """Processor or GPU, threads (where time is measured) and versions, for the line beside every figure."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-        device = f"{model}, {torch.get_num_threads()} threads"
+        device = f"{model}, {torch.get_num_threads()} threads" if threads else model
     import diffusers
 
     return f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"

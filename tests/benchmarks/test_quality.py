@@ -46,7 +46,7 @@ def test_quality(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "measure", None)
     quality.main(arguments)
     assert "## The reuse rule" in (tmp_path / "quality.md").read_text()
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit, match="another pictures"):
         quality.main([*arguments, "--pictures", "12"])
 
 
