@@ -106,8 +106,8 @@ def gains(rows: list[Row]) -> str:
 def effort(rows: list[Row]) -> str:
     """Work and time of learning."""
     lines = [
-        "Work in sampling passes of the original over all pictures learned from, and time over that of one such pass (eager, "
-        "the same batch). Scores within 0.1 of 0 or 1: the paper's method.",
+        "Work in sampling passes of the original over all pictures learned from, and processor time over that of one such pass "
+        "(eager, the same batch). Scores within 0.1 of 0 or 1: the paper's method.",
         "",
         "| denoiser | steps | budget | method | rule | work | time | scores near 0 or 1 | MACs kept | graphs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from maskcompile.compile import Backend
 from maskcompile.mask import Mask
 from maskcompile.runtime import OptimizedDenoiser
 from maskcompile.signature import check_capturable
@@ -18,8 +18,9 @@ def optimize(
     model: nn.Module,
     mask: Mask,
     *,
-    backend: str | Callable[..., Any] = "inductor",
+    backend: Backend = "inductor",
     timestep: str | None = None,
+    regions: bool | None = None,
     **compile_options: Any,
 ) -> OptimizedDenoiser:
     """A drop-in for ``model`` that reuses block outputs as ``mask`` says: ``pipe.unet = optimize(pipe.unet, mask)``.
@@ -29,6 +30,8 @@ def optimize(
 
     backend: "inductor", "eager" (the fx graphs as they are), or any backend of torch.compile.
     timestep: the name of the forward parameter that carries the timestep, where it is not a usual one.
+    regions: compile the regions of the denoiser (see ``passes.regions``), each once, and put every graph together from them;
+    or, where False, each graph as a whole. The default is True, but for the backend "eager".
     compile_options: passed to torch.compile (mode, options, dynamic).
 
     Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with offloading hooks, or already
@@ -47,4 +50,5 @@ def optimize(
     if backend == "eager" and compile_options:
         raise ValueError(f"backend 'eager' compiles nothing; leave out {sorted(compile_options)[0]!r}.")
     check_capturable(model)
-    return OptimizedDenoiser(model, mask, backend=backend, timestep=timestep, options=compile_options)
+    regions = backend != "eager" if regions is None else regions
+    return OptimizedDenoiser(model, mask, backend=backend, timestep=timestep, regions=regions, options=compile_options)

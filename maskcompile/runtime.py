@@ -13,52 +13,53 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from maskcompile.compile import Executable, compile_graph
+from maskcompile.compile import Backend, Executable, compile_graph, compile_region
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
+from maskcompile.link import link
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.report import Report, SignatureReport
 from maskcompile.runs import Runs, Trajectory, Where, advance, commit, current, locate, sampling_order
 from maskcompile.signature import Call, bind, check_autocast, check_capturable, describe, timestep_name
 from passes.capture import Capture, CaptureError, Slot, capture, composite_modules
-from passes.dependencies import Slots, slot_dependencies
+from passes.dependencies import Slots, result_nodes, slot_dependencies
 from passes.plan import GraphKey, Plan, plan_run, share_graphs
-from passes.specialise import specialise
+from passes.regions import Partition, partition, select_regions
+from passes.specialise import coefficients_like, specialise
 
 
 @dataclass
 class _Graph:
     """A specialised graph, executable.
 
-    module: what was compiled. coefficients: its last input, fake; None where it takes none. results: how many of its first
-    outputs are the denoiser's. shared: outputs that share memory and are cloned. seconds: of the first call, which compiles.
-    Both known from then on.
+    weights: that it may return as they are. coefficients: its last input, fake; None where it takes none. results: how many of
+    its first outputs are the denoiser's. shared: outputs that share memory and are cloned. seconds: of making it, and of the
+    first call, which compiles. Both known from then on.
     """
 
     run: Executable
-    module: GraphModule
+    weights: tuple[Tensor, ...]
     coefficients: Tensor | None
     results: int
+    seconds: float
+    called: bool = False
     shared: frozenset[int] = frozenset()
-    seconds: float | None = None
 
-    def __call__(
-        self, inputs: Sequence[Tensor], cached: Sequence[Tensor], coefficients: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        if self.seconds is None:
+    def __call__(self, inputs: Sequence[Tensor], cached: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self.called:
             start = time.perf_counter()
             outputs = self.run(*inputs, *cached, *coefficients)
-            self.seconds = time.perf_counter() - start
-            weights = [*self.module.parameters(), *self.module.buffers()]
-            self.shared = _shared([*inputs, *weights], cached, outputs, self.results)
+            self.seconds += time.perf_counter() - start
+            self.shared = _shared([*inputs, *self.weights], cached, outputs, self.results)
+            self.called = True
         else:
             outputs = self.run(*inputs, *cached, *coefficients)
         if self.shared:
@@ -89,12 +90,13 @@ def _shared(inputs: Sequence[Tensor], cached: Sequence[Tensor], outputs: Sequenc
 
 @dataclass
 class _Captured:
-    """A denoiser captured at one input signature, with the graphs made of it so far."""
+    """A denoiser captured at one input signature, with the graphs made of it so far, and its regions for some blocks."""
 
     capture: Capture
     described: str
     seconds: float
     graphs: dict[GraphKey, _Graph] = field(default_factory=dict)
+    partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
 
 
 @dataclass
@@ -123,8 +125,9 @@ class OptimizedDenoiser(nn.Module):
         original: nn.Module,
         mask: Mask,
         *,
-        backend: str | Callable[..., Any],
+        backend: Backend,
         timestep: str | None,
+        regions: bool,
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -142,6 +145,7 @@ class OptimizedDenoiser(nn.Module):
         self.__dict__["original"] = original
         self.training = original.training
         self._backend = backend
+        self._regions = regions
         self._options = dict(options)
         self._timestep = name
         self._signature = signature
@@ -318,13 +322,27 @@ class OptimizedDenoiser(nn.Module):
     def _graph(self, captured: _Captured, key: GraphKey) -> _Graph:
         graph = captured.graphs.get(key)
         if graph is None:
-            module = specialise(captured.capture, key)
-            inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-            coefficients = inputs[-1] if any(versions == 2 for _, versions in key.reads) else None
-            results = sum(isinstance(leaf, torch.fx.Node) for leaf in captured.capture.outputs)
-            compiled = compile_graph(module, self._backend, self._options)
-            graph = captured.graphs[key] = _Graph(compiled, module, coefficients, results)
+            start = time.perf_counter()
+            found = captured.capture
+            graph = captured.graphs[key] = _Graph(
+                run=self._link(captured, key)
+                if self._regions
+                else compile_graph(specialise(found, key), self._backend, self._options),
+                weights=(*found.graph_module.parameters(), *found.graph_module.buffers()),
+                coefficients=coefficients_like(found, key),
+                results=len(result_nodes(found)),
+                seconds=time.perf_counter() - start,
+            )
         return graph
+
+    def _link(self, captured: _Captured, key: GraphKey) -> Executable:
+        """The graph of ``key``, put together from its regions; those not seen before are compiled."""
+        blocks = self._mask.blocks
+        if blocks not in captured.partitions:
+            captured.partitions[blocks] = partition(captured.capture, blocks)
+        regions = select_regions(captured.capture, captured.partitions[blocks], key)
+        compiled = partial(compile_region, capture=captured.capture, backend=self._backend, options=self._options)
+        return link(captured.capture, key, regions, compiled)
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Capture the denoiser at these inputs and compile every graph of a run from the first step to the last.
@@ -370,7 +388,7 @@ class OptimizedDenoiser(nn.Module):
                     extrapolated=sum(slots.numel(slot) for plan in plans for slot, entering in plan.key.reads if entering == 2),
                     graphs=len({schedule.graphs[plan.key] for plan in plans}),
                     capture_seconds=captured.seconds,
-                    compile_seconds=tuple(g.seconds for g in captured.graphs.values() if g.seconds is not None),
+                    compile_seconds=tuple(graph.seconds for graph in captured.graphs.values() if graph.called),
                 )
             )
         return Report(
@@ -427,17 +445,20 @@ class OptimizedDenoiser(nn.Module):
         return self._rebuild(copy.deepcopy(self.original, memo))
 
     def _rebuild(self, original: nn.Module) -> OptimizedDenoiser:
-        return OptimizedDenoiser(original, self._mask, backend=self._backend, timestep=self._timestep, options=self._options)
+        return OptimizedDenoiser(original, self._mask, **self._choices())
+
+    def _choices(self) -> dict[str, Any]:
+        return {"backend": self._backend, "timestep": self._timestep, "regions": self._regions, "options": self._options}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.original, self._mask, self._backend, self._timestep, self._options)
+        return _unpickle, (self.original, self._mask, self._choices())
 
     def __repr__(self) -> str:
         return f"OptimizedDenoiser({type(self.original).__name__}, {self._mask!r}, backend={self._backend!r})"
 
 
-def _unpickle(original: nn.Module, mask: Mask, backend: Any, timestep: str, options: dict[str, Any]) -> OptimizedDenoiser:
-    return OptimizedDenoiser(original, mask, backend=backend, timestep=timestep, options=options)
+def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> OptimizedDenoiser:
+    return OptimizedDenoiser(original, mask, **choices)
 
 
 def _coefficients(schedule: _Schedule, graph: _Graph, plan: Plan) -> list[Tensor]:
@@ -457,7 +478,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=7)
 
 
-def _result(captured: Capture, tensors: tuple[Tensor, ...]) -> Any:
+def _result(captured: Capture, tensors: Sequence[Tensor]) -> Any:
     """Put the tensors back into the structure that the original returns."""
     remaining = iter(tensors)
     leaves = [next(remaining) if isinstance(leaf, torch.fx.Node) else leaf for leaf in captured.outputs]

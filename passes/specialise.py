@@ -7,9 +7,10 @@ dropout, attention and metadata checks as impure, and generic dead code eliminat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from passes.capture import MARK, Capture, Slot
@@ -38,9 +39,16 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
         versions[slot] = [graph.placeholder(f"maskcompile_cached_{position}_{age}") for age in range(number)]
         for placeholder in versions[slot]:
             placeholder.meta["val"] = capture.marks[slot].meta["val"]
-    coefficients = _coefficients(graph, versions)
+    like = coefficients_like(capture, key)
+    if like is not None:
+        coefficients = graph.placeholder("maskcompile_coefficients")  # a name that no argument of a denoiser has
+        coefficients.meta["val"] = like
+    indices = iter(range(len(versions)))
     for slot, nodes in versions.items():
-        copies[capture.marks[slot]] = _extrapolate(graph, nodes, coefficients[slot]) if len(nodes) == 2 else nodes[0]
+        value = nodes[0]
+        if len(nodes) == 2:
+            value = extrapolate(graph, nodes, graph.call_function(aten.select.int, (coefficients, 0, next(indices))))
+        copies[capture.marks[slot]] = value
     for node in capture.graph_module.graph.nodes:
         if node in copies or node not in live:
             continue
@@ -52,20 +60,16 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
     return GraphModule(capture.graph_module, graph, class_name="SpecialisedDenoiser")
 
 
-def _coefficients(graph: Graph, versions: Mapping[Slot, Sequence[Node]]) -> dict[Slot, Node]:
-    """The c of each slot of two versions, elements of one new input of the graph."""
-    slots = [slot for slot, nodes in versions.items() if len(nodes) == 2]
-    if not slots:
-        return {}
-    values = [versions[slot][0].meta["val"] for slot in slots]
-    double = any(_arithmetic(value.dtype) == torch.float64 for value in values)
-    # A name that no argument of a denoiser has.
-    coefficients = graph.placeholder("maskcompile_coefficients")
-    coefficients.meta["val"] = values[0].new_empty(len(slots), dtype=torch.float64 if double else torch.float32)
-    return {slot: graph.call_function(aten.select.int, (coefficients, 0, index)) for index, slot in enumerate(slots)}
+def coefficients_like(capture: Capture, key: GraphKey) -> Tensor | None:
+    """A fake tensor like the last input of the graph of ``key``; None where it takes no coefficients."""
+    scalars = [scalar_like(capture.marks[slot].meta["val"]) for slot, versions in key.reads if versions == 2]
+    if not scalars:
+        return None
+    dtype = max((scalar.dtype for scalar in scalars), key=lambda dtype: dtype.itemsize)
+    return scalars[0].new_empty(len(scalars), dtype=dtype)
 
 
-def _extrapolate(graph: Graph, versions: Sequence[Node], c: Node) -> Node:
+def extrapolate(graph: Graph, versions: Sequence[Node], c: Node) -> Node:
     """``last + c (last - before)``, in float32 for half precision, and ``last`` where that is not finite.
 
     It is not where half precision overflows, or where the outputs themselves are infinite, as masks of attention are. A
@@ -82,6 +86,11 @@ def _extrapolate(graph: Graph, versions: Sequence[Node], c: Node) -> Node:
     if dtype.is_floating_point and dtype != wide:
         value = graph.call_function(aten.to.dtype, (value, dtype))
     return graph.call_function(aten.where.self, (graph.call_function(aten.isfinite.default, (value,)), value, newest))
+
+
+def scalar_like(value: Tensor) -> Tensor:
+    """A scalar of the dtype of the c of an extrapolation of ``value``, beside it."""
+    return value.new_empty((), dtype=_arithmetic(value.dtype))
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:

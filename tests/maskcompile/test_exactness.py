@@ -1,4 +1,4 @@
-"""A masked run gives what the executor gives, bit for bit on CPU in float32."""
+"""A masked run gives what the executor gives, bit for bit on CPU in float32: with graphs as a whole, and region by region."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def traced(request):
     case = denoiser(request.param)
     args, kwargs = case.inputs(case.batch, case.timesteps[0], 0)
     program = mc.trace(case.model, *args, **kwargs)
-    fast = mc.optimize(case.model, mc.Mask.full(program.names, case.timesteps), backend="eager")
-    return case, program, fast
+    full = mc.Mask.full(program.names, case.timesteps)
+    both = [mc.optimize(case.model, full, backend="eager", regions=regions) for regions in (False, True)]
+    return case, program, both
 
 
 RULES = ("hold", "linear")
@@ -44,33 +45,37 @@ def rules(width: int):
 
 
 def test_a_full_mask_is_eager(traced):
-    case, program, fast = traced
-    fast.set_mask(mc.Mask.full(program.names, case.timesteps))
+    case, program, both = traced
+    for fast in both:
+        fast.set_mask(mc.Mask.full(program.names, case.timesteps))
     for step, timestep in enumerate(case.timesteps):
         args, kwargs = case.inputs(case.batch, timestep, step)
-        ours = fast(*args, **kwargs)
         with torch.no_grad():
             theirs = case.model(*args, **kwargs)
-        assert type(ours) is type(theirs)
-        for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
-            assert torch.equal(a, b)
-    assert fast.report().reusing_calls == 0
+        for fast in both:
+            ours = fast(*args, **kwargs)
+            assert type(ours) is type(theirs)
+            for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+                assert torch.equal(a, b)
+    assert all(fast.report().reusing_calls == 0 for fast in both)
 
 
 def test_any_mask_is_the_executor(traced):
-    case, program, fast = traced
+    case, program, both = traced
     calls = [case.inputs(case.batch, timestep, step) for step, timestep in enumerate(case.timesteps)]
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(rows(len(program.names)), rules(len(program.names)), st.sampled_from([None, LOG_SNR]))
     def check(compute, reuse, log_snr):
-        fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps, reuse=reuse, log_snr=log_snr))
+        for fast in both:
+            fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps, reuse=reuse, log_snr=log_snr))
         executor = Executor(case.model, program.names, compute, [RULES.index(rule) for rule in reuse], log_snr)
         for step, (args, kwargs) in enumerate(calls):
             expected = executor.step(step, *args, **kwargs)
-            for ours, theirs in zip(tensors_of(fast(*args, **kwargs)), tensors_of(expected), strict=True):
-                assert torch.equal(ours, theirs), f"step {step}"
-        assert fast.cache_bytes == 0
+            for fast in both:
+                for ours, theirs in zip(tensors_of(fast(*args, **kwargs)), tensors_of(expected), strict=True):
+                    assert torch.equal(ours, theirs), f"step {step}"
+        assert all(fast.cache_bytes == 0 for fast in both)
 
     check()
     # The blocks must matter, or the comparison above would pass whatever a mask does.

@@ -1,0 +1,246 @@
+"""Pass 8: regions. The pieces that all specialised graphs of a capture are made of, so that each is compiled once.
+
+A region is a maximal fanout-free cone (Cong and Ding 1994, FlowMap): the operations that one tensor alone is made of, down to
+the block outputs, and the tensors that others need too. Whatever a plan reuses, a region is executed as a whole or not at all,
+so a specialised graph is a selection of the regions of its capture. Regions that do the same with other weights have the same
+``structure``: the layers of a denoiser, and all its plans, share what is compiled of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from passes.capture import MARK, Capture
+from passes.dependencies import result_nodes
+from passes.plan import GraphKey
+from passes.specialise import extrapolate, scalar_like
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """nodes: in an order in which they can be executed. outputs: what others read of them.
+
+    inputs: what it reads of other regions and of the denoiser's inputs. extrapolated: those of them that enter as two versions
+    and a coefficient (see ``passes.reuse``). weights: the parameters and buffers that it reads, ``get_attr`` nodes.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    weights: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    extrapolated: frozenset[Node] = frozenset()
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The regions of a capture, in an order in which they can be executed.
+
+    producer: the region that computes a tensor. light: those that multiply nothing. reader: the first to read of a region.
+    """
+
+    regions: tuple[Region, ...]
+    producer: dict[Node, Region]
+    light: frozenset[Region]
+    reader: dict[Region, Region]
+
+
+def partition(capture: Capture, blocks: Iterable[str]) -> Partition:
+    """The regions of a capture whose ``blocks`` may be reused."""
+    chosen = set(blocks)
+    roots = {node for slot, node in capture.marks.items() if slot.block in chosen} | set(result_nodes(capture))
+    homes = _homes(capture.graph_module.graph, roots)
+    members: dict[Node, list[Node]] = {}
+    order: dict[Node, int] = {}
+    for position, node in enumerate(capture.graph_module.graph.nodes):
+        order[node] = position
+        for home in homes.get(node, ()):
+            members.setdefault(home, []).append(node)
+    regions = []
+    for home in sorted(members, key=order.__getitem__):
+        own = set(members[home])
+        outputs = [
+            node
+            for node in members[home]
+            if homes[node] == {home} and (node in roots or any(user in homes and user not in own for user in node.users))
+        ]
+        regions.append(_region(members[home], outputs))
+    producer = {node: region for region in regions for node in region.outputs}
+    reader: dict[Region, Region] = {}
+    for region in regions:
+        for node in region.inputs:
+            if node in producer:
+                reader.setdefault(producer[node], region)
+    light = frozenset(region for region in regions if capture.macs.keys().isdisjoint(region.nodes))
+    return Partition(tuple(regions), producer, light, reader)
+
+
+def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Region]:
+    """What a specialised graph is made of, in the order of execution.
+
+    Light regions are merged with what a compiler that saw the whole graph would fuse them with, as far as that takes no more
+    compilations of anything that multiplies: extrapolations with the light regions that read them, and a light region that
+    reads none with the first region that reads it.
+    """
+    twofold = {capture.marks[slot] for slot, versions in key.reads if versions == 2}
+    live = _live_regions(capture, parts, key)
+    selected: list[Region] = []
+    extrapolated: set[Node] = set()
+    waiting: dict[Region, list[Region]] = {}
+
+    def extrapolate_for(readers: Iterable[Node]) -> None:
+        for node in readers:
+            if node in twofold and node not in extrapolated:
+                extrapolated.add(node)
+                selected.append(Region((), (node,), (), (node,), frozenset({node})))
+
+    extrapolate_for(result_nodes(capture))
+    for region in (region for region in parts.regions if region in live):
+        entering = frozenset(twofold.intersection(region.inputs))
+        reader = parts.reader.get(region)
+        if region not in parts.light:
+            extrapolate_for(region.inputs)
+            selected.append(_merged([*waiting.pop(region, ()), region]))
+        elif entering or reader not in live or reader in parts.light or renames(region):
+            selected.append(replace(region, extrapolated=entering))
+        else:
+            waiting.setdefault(reader, []).append(region)
+    return selected
+
+
+def renames(region: Region) -> bool:
+    """Whether a region only gives another name to a tensor: a block that returns what a block within it returned."""
+    return bool(region.nodes) and all(node.target is MARK for node in region.nodes)
+
+
+def region_graph(region: Region, capture: Capture) -> GraphModule:
+    """The graph ``(*inputs, *weights) -> outputs`` of a region, which holds no weights itself.
+
+    What is extrapolated enters as its newer version, the one before that, and the coefficient, a scalar.
+    """
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+
+    mode = detect_fake_mode([node.meta.get("val") for node in capture.graph_module.graph.nodes])
+
+    def enter(like: Tensor) -> Node:
+        node = graph.placeholder(f"input_{len(graph.nodes)}")
+        node.meta["val"] = like
+        return node
+
+    for node in (*region.inputs, *region.weights):
+        value = value_of(node, capture)
+        copies[node] = enter(value if mode is None else mode.from_tensor(value, static_shapes=True))
+        if node in region.extrapolated:
+            copies[node] = extrapolate(graph, (copies[node], enter(value)), enter(scalar_like(value)))
+    for node in region.nodes:
+        copies[node] = copies[_marked(node)] if node.target is MARK else graph.node_copy(node, copies.__getitem__)
+    outputs = tuple(copies[node] for node in region.outputs)
+    for node in outputs:
+        node.meta["example_value"] = node.meta.get("val")  # where Inductor looks for the fake mode
+    graph.output(outputs)
+    return GraphModule(torch.nn.Module(), graph, class_name="Region")
+
+
+def only_views(graph_module: GraphModule) -> bool:
+    """Whether a graph computes nothing."""
+    return all(_repeatable(node) for node in graph_module.graph.nodes if node.op == "call_function")
+
+
+def structure(region: Region, capture: Capture) -> str:
+    """The same text for regions that do the same on inputs and weights of the same shapes, strides, dtypes and devices."""
+    names: dict[Node, str] = {}
+    lines = []
+    for node in (*region.inputs, *region.weights):
+        names[node] = f"%i{len(names)}"
+        value = value_of(node, capture)
+        entering = "extrapolated" if node in region.extrapolated else ""
+        lines.append(f"{names[node]} {value.dtype}{list(value.shape)}{list(value.stride())} {value.device} {entering}")
+    for node in region.nodes:
+        if node.target is MARK:
+            names[node] = names[_marked(node)]
+            continue
+        names[node] = f"%v{len(names)}"
+        lines.append(f"{names[node]} = {node.target}{map_arg((node.args, node.kwargs), names.__getitem__)}")
+    return "\n".join([*lines, f"return {[names[node] for node in region.outputs]}"])
+
+
+def value_of(node: Node, capture: Capture) -> Tensor:
+    """A tensor like that of a node: a fake one, or the weight itself."""
+    value: Any = node.meta.get("val")
+    if node.op == "get_attr":
+        value = capture.graph_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _homes(graph: Graph, roots: set[Node]) -> dict[Node, set[Node]]:
+    """The regions, named by their roots, that each operation belongs to: one, or several for what costs nothing to repeat."""
+    homes: dict[Node, set[Node]] = {}
+    for node in reversed(graph.nodes):
+        if node.op != "call_function" or _element_of_operation(node):
+            continue
+        # The elements of a tuple that an operation computes stay with it: a tuple cannot leave a region.
+        elements = [user for user in node.users if _element_of_operation(user)]
+        users: set[Node] = set()
+        for user in {*node.users, *(user for element in elements for user in element.users)}.difference(elements):
+            users |= homes.get(user, set())
+        if roots.intersection([node, *elements]) or (len(users) > 1 and not _repeatable(node)):
+            users = {node}
+        for member in (node, *elements):
+            homes[member] = users
+    return {node: found for node, found in homes.items() if found}
+
+
+def _repeatable(node: Node) -> bool:
+    """Views: each region that reads one makes its own, so that what leaves a region is a tensor in memory."""
+    return node.target is getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
+
+
+def _element_of_operation(node: Node) -> bool:
+    return node.target is getitem and not _repeatable(node.all_input_nodes[0])
+
+
+def _marked(mark: Node) -> Node:
+    return mark.all_input_nodes[0]
+
+
+def _region(nodes: Sequence[Node], outputs: Sequence[Node]) -> Region:
+    own = set(nodes)
+    read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own)
+    return Region(
+        nodes=tuple(nodes),
+        inputs=tuple(node for node in read if node.op != "get_attr"),
+        weights=tuple(node for node in read if node.op == "get_attr"),
+        outputs=tuple(outputs),
+    )
+
+
+def _merged(regions: Sequence[Region]) -> Region:
+    if len(regions) == 1:
+        return regions[0]
+    nodes = dict.fromkeys(node for region in regions for node in region.nodes)
+    return _region(list(nodes), [node for region in regions for node in region.outputs])
+
+
+def _live_regions(capture: Capture, parts: Partition, key: GraphKey) -> set[Region]:
+    reused = {capture.marks[slot] for slot, _ in key.reads}
+    live: set[Region] = set()
+    pending = [*result_nodes(capture), *(capture.marks[slot] for slot in key.stores)]
+    while pending:
+        node = pending.pop()
+        region = None if node in reused else parts.producer.get(node)
+        if region is not None and region not in live:
+            live.add(region)
+            pending.extend(region.inputs)
+    return live
