@@ -107,7 +107,7 @@ def rule_cost(name: str, batch: int, repeats: int, backend: str) -> list[dict[st
             with torch.no_grad():
                 for timestep in timesteps[:3]:  # computes, holds for lack of another computation, computes
                     fast(args[0], timestep, **kwargs)
-            steps[rule] = partial(_again, fast, fast._runs, args[0], timesteps[3], kwargs)
+            steps[rule] = partial(_again, fast, fast._threads.own.runs, args[0], timesteps[3], kwargs)
         with torch.no_grad():
             times = interleaved(steps, repeats, warmup=3)
         cost, low, high = difference(times["linear"], times["hold"], times["original"])
@@ -119,7 +119,7 @@ def rule_cost(name: str, batch: int, repeats: int, backend: str) -> list[dict[st
 
 def _again(fast: mc.OptimizedDenoiser, runs: Any, sample: Tensor, timestep: Tensor, kwargs: dict[str, Any]) -> None:
     """The same step of the same run once more."""
-    fast._runs = runs
+    fast._threads.own.runs = runs
     fast(sample, timestep, **kwargs)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._inductor import list_mode_options, standalone_compile
+from torch._inductor.standalone_compile import CompiledArtifact
 from torch.fx import GraphModule
 
+from maskcompile.artefacts import load_artefact, load_artefacts, save_artefacts, to_bytes
 from passes.capture import Capture
 from passes.regions import Region, only_views, region_graph, structure
 
@@ -20,7 +24,10 @@ Backend = str | Callable[..., Any]
 
 #: What was compiled of regions in this process, by structure, backend and options: other masks, captures and denoisers with
 #: equal layers need not compile them again.
-_compiled: dict[tuple[Any, ...], Executable] = {}
+_compiled: dict[str, Executable] = {}
+
+#: What ``load_compiled`` found in files.
+_loadable: dict[str, bytes] = {}
 
 
 def compile_graph(graph_module: GraphModule, backend: Backend, options: Mapping[str, Any]) -> Executable:
@@ -39,20 +46,35 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
 
     Inductor is called without Dynamo, whose guards would be checked at every call and take longer than all else that one does.
     """
-    key = (structure(region, capture), backend, repr(sorted(options.items())))
+    described = f"{structure(region, capture)}\n{backend!r}\n{sorted(options.items())!r}"
+    key = sha256(described.encode()).hexdigest()
     if key not in _compiled:
         graph_module = region_graph(region, capture)
-        if backend == "inductor" and set(options) <= {"mode", "options"} and not only_views(graph_module):
-            placeholders = graph_module.graph.find_nodes(op="placeholder")
+        if only_views(graph_module):
+            _compiled[key] = graph_module
+        elif backend != "inductor" or not set(options) <= {"mode", "options"}:
+            _compiled[key] = compile_graph(graph_module, backend, options)
+        elif key in _loadable:
+            _compiled[key] = load_artefact(_loadable[key])
+        else:
             _compiled[key] = standalone_compile(
                 graph_module,
-                [node.meta["val"] for node in placeholders],
+                [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")],
                 dynamic_shapes="from_graph",
                 options={"config_patches": _inductor_options(options)},
             )
-        else:
-            _compiled[key] = compile_graph(graph_module, "eager" if only_views(graph_module) else backend, options)
     return _compiled[key]
+
+
+def save_compiled(path: str | os.PathLike[str], regions: Collection[Executable]) -> None:
+    """Write those of the ``regions`` that Inductor compiled to a file."""
+    chosen = {key: run for key, run in _compiled.items() if run in regions and isinstance(run, CompiledArtifact)}
+    save_artefacts(path, {key: _loadable.get(key) or to_bytes(run) for key, run in chosen.items()})
+
+
+def load_compiled(path: str | os.PathLike[str]) -> None:
+    """Take regions from a file of ``save_compiled`` from now on, where they are in it."""
+    _loadable.update(load_artefacts(path))
 
 
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:

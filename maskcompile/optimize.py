@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
 from torch import nn
 
-from maskcompile.compile import Backend
+from maskcompile.compile import Backend, load_compiled
 from maskcompile.mask import Mask
 from maskcompile.runtime import OptimizedDenoiser
 from maskcompile.signature import check_capturable
@@ -21,6 +22,8 @@ def optimize(
     backend: Backend = "inductor",
     timestep: str | None = None,
     regions: bool | None = None,
+    max_graphs: int | None = None,
+    compiled: str | os.PathLike[str] | None = None,
     **compile_options: Any,
 ) -> OptimizedDenoiser:
     """A drop-in for ``model`` that reuses block outputs as ``mask`` says: ``pipe.unet = optimize(pipe.unet, mask)``.
@@ -32,6 +35,12 @@ def optimize(
     timestep: the name of the forward parameter that carries the timestep, where it is not a usual one.
     regions: compile the regions of the denoiser (see ``passes.regions``), each once, and put every graph together from them;
     or, where False, each graph as a whole. The default is True, but for the backend "eager".
+    max_graphs: how many graphs a run may need. Rows of the mask are merged upwards until they need no more, so that some steps
+    compute blocks that the mask would reuse; the report says what that costs. Runs that do not start at the first step of the
+    mask may need others.
+    compiled: a file of ``fast.save_compiled(path)``, from which regions are taken instead of being compiled. It holds code:
+    load only what you trust. One that was made elsewhere (torch, processor, GPU), or is no such file, is left aside with a
+    warning.
     compile_options: passed to torch.compile (mode, options, dynamic).
 
     Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with offloading hooks, or already
@@ -50,5 +59,11 @@ def optimize(
     if backend == "eager" and compile_options:
         raise ValueError(f"backend 'eager' compiles nothing; leave out {sorted(compile_options)[0]!r}.")
     check_capturable(model)
+    if max_graphs is not None and max_graphs < 1:
+        raise ValueError(f"a run needs at least one graph; got max_graphs={max_graphs}.")
+    if compiled is not None:
+        load_compiled(compiled)
     regions = backend != "eager" if regions is None else regions
-    return OptimizedDenoiser(model, mask, backend=backend, timestep=timestep, regions=regions, options=compile_options)
+    return OptimizedDenoiser(
+        model, mask, backend=backend, timestep=timestep, regions=regions, max_graphs=max_graphs, options=compile_options
+    )

@@ -10,16 +10,20 @@ class SignatureReport:
     """For one input signature: a whole run's MACs without and with the mask, cache memory at its peak, graphs, seconds.
 
     held_cache_bytes: what the peak would be if every block were held. extrapolated: numbers that a run extrapolates, a
-    multiply-add each, which the MACs do not count. compile_seconds: of the first call of each graph compiled so far.
+    multiply-add each, which the MACs do not count. unmerged_macs: with all the graphs that the mask takes (``max_graphs``).
+    regions: different ones that the graphs made so far consist of, None for whole graphs. compile_seconds: of each graph made
+    and called so far, its compilation and first call.
     """
 
     inputs: str
     full_macs: int
     macs: int
+    unmerged_macs: int
     peak_cache_bytes: int
     held_cache_bytes: int
     extrapolated: int
     graphs: int
+    regions: int | None
     capture_seconds: float
     compile_seconds: tuple[float, ...]
 
@@ -69,8 +73,14 @@ class Report:
                     if s.extrapolated
                     else []
                 ),
-                f"    graphs       {s.graphs} for a whole run, {len(s.compile_seconds)} compiled in "
-                f"{sum(s.compile_seconds):.1f} s after {s.capture_seconds:.1f} s of capture",
+                f"    graphs       {s.graphs} for a whole run, {len(s.compile_seconds)} "
+                + (f"made of {s.regions} different regions" if s.regions is not None else "compiled")
+                + f" in {sum(s.compile_seconds):.1f} s after {s.capture_seconds:.1f} s of capture",
+                *(
+                    [f"    merged       adds {s.macs / s.unmerged_macs - 1:.1%} to the MACs"]
+                    if s.macs > s.unmerged_macs
+                    else []
+                ),
             ]
         lines.append(f"  calls          {self.calls}, of which {self.reusing_calls} reused at least one block")
         if self.unknown_timesteps:

@@ -10,85 +10,125 @@ computed. So does a run that skips steps, changes its input shapes, or was not a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskcompile.mask import Mask
-from passes.rectify import Version
+from maskcompile.signature import Key
 
 #: Trajectories at one timestep before further calls are taken for new runs (somebody timing one step in a loop).
 MOST_TRAJECTORIES = 8
 
+#: Timesteps of a scheduler's tensor that are read at once; a longer one is no scheduler's.
+MOST_TIMESTEPS = 10_000
+
 
 @dataclass(frozen=True)
-class Where:
+class Source:
+    """A scheduler's tensor of timesteps: its memory, where that is, and its values as they were at its ``version``.
+
+    version: counts changes in place; None where torch does not count them, under ``torch.inference_mode``.
+
+    Read once a run, so that the timesteps of a run that are elements of it need not be read from a device one by one, which
+    would wait for all that is queued there.
+    """
+
+    storage: torch.UntypedStorage
+    pointer: int
+    version: int | None
+    values: tuple[float, ...]
+
+
+class Where(NamedTuple):
     """Where in the mask a call is.
 
     step: None for a timestep that the mask does not know. order: grows along a run. value: the timestep as given, NaN for a
-    batch of different ones. source: the scheduler tensor that it is an element of.
+    batch of different ones. source: the scheduler's tensor that it is an element of.
     """
 
     step: int | None
     order: float
     value: float
-    source: torch.UntypedStorage | None
+    source: Source | None
 
 
-@dataclass(frozen=True)
-class Trajectory:
+class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
     key: of the capture. start, leading: which schedule it follows (its first step, and whether a full step comes before).
-    position: plans of the schedule executed so far. next_step: the mask's step that continues it. cache: the steps of its
-    versions are positions.
+    position: plans of the schedule executed so far. next_step: the mask's step that continues it. cache: see
+    ``maskcompile.steps``.
     """
 
-    key: tuple[Any, ...]
+    key: Key
     start: int
     leading: bool
     position: int
     next_step: int
-    cache: dict[Version, Tensor]
+    cache: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Runs:
+class Runs(NamedTuple):
     """The runs in progress. calls: so far at the last timestep. expected: numbers of calls that let trajectories go on."""
 
     last: Where | None = None
     calls: int = 0
     expected: tuple[int, ...] = (1,)
-    trajectories: tuple[Trajectory, ...] = field(default=())
+    trajectories: tuple[Trajectory, ...] = ()
 
 
-def locate(mask: Mask, timestep: Tensor, last: Where | None) -> Where:
+class Clock:
+    """Finds the step of a timestep.
+
+    known: the timesteps of the mask. exact: the step of each. rising: whether they rise along a run, as in inversion.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self.known = np.asarray(mask.timesteps, dtype=np.float64)
+        self.exact = {timestep: step for step, timestep in reversed(list(enumerate(mask.timesteps)))}
+        self.rising = mask.steps > 1 and mask.timesteps[1] > mask.timesteps[0]
+
+    def order(self, timestep: float) -> float:
+        """Grows along a run."""
+        return timestep if self.rising else -timestep
+
+    def following(self, order: float) -> int:
+        """The first step of the mask that does not come before this order."""
+        return int((self.known if self.rising else -self.known).searchsorted(order))
+
+    def step(self, value: float, tolerance: float) -> int | None:
+        """The nearest step within a tolerance relative to the value, None where there is none."""
+        step = self.exact.get(value)
+        if step is None:
+            step = int(np.abs(self.known - value).argmin())
+            if not abs(self.known[step] - value) <= tolerance * abs(value):
+                return None
+        return step
+
+
+def locate(clock: Clock, timestep: Tensor, last: Where | None) -> Where:
     """Find a call's step. timestep: a tensor of one value, or of as many as the batch has.
 
     A timestep matches the nearest one of the mask within the rounding of its dtype (pipelines scale and cast timesteps).
     """
-    source = _scheduler_storage(timestep)
-    values = timestep.reshape(-1)
-    if values.numel() > 1 and not bool((values == values[0]).all()):
-        return Where(None, float("inf"), float("nan"), source)
-    value = float(values[0].item())
+    source = _source(timestep, last.source if last is not None else None)
+    if source is not None and (source.version is not None or not timestep.is_cpu):
+        value = source.values[timestep.storage_offset()]
+    elif timestep.numel() == 1:
+        value = float(timestep.item())
+    else:
+        first, *others = timestep.reshape(-1).tolist()
+        if any(other != first for other in others):
+            return Where(None, float("inf"), float("nan"), None)
+        value = float(first)
     if last is not None and value == last.value:
-        return replace(last, source=source)
-    known = np.asarray(mask.timesteps, dtype=np.float64)
-    step = int(np.abs(known - value).argmin())
-    tolerance = torch.finfo(timestep.dtype).eps * abs(value) if timestep.is_floating_point() else 0.0
-    if abs(known[step] - value) <= tolerance:
-        return Where(step, sampling_order(mask, mask.timesteps[step]), value, source)
-    return Where(None, sampling_order(mask, value), value, source)
-
-
-def sampling_order(mask: Mask, timestep: float) -> float:
-    """Grows along a run: minus the timestep for a mask whose timesteps fall."""
-    rising = mask.steps > 1 and mask.timesteps[1] > mask.timesteps[0]
-    return timestep if rising else -timestep
+        return Where(last.step, last.order, value, source)
+    step = clock.step(value, torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0)
+    return Where(step, clock.order(value if step is None else float(clock.known[step])), value, source)
 
 
 def advance(runs: Runs, where: Where) -> Runs:
@@ -97,14 +137,14 @@ def advance(runs: Runs, where: Where) -> Runs:
         return Runs(where)
     if where.order == runs.last.order:
         # After an overflow the next step cannot know whose cache is whose: nothing is expected, so all start over there.
-        return Runs(where, expected=()) if runs.calls >= MOST_TRAJECTORIES else replace(runs, last=where)
+        return Runs(where, expected=()) if runs.calls >= MOST_TRAJECTORIES else runs._replace(last=where)
     if runs.calls in runs.expected:
         return Runs(where, 0, (runs.calls,), runs.trajectories[: runs.calls])
     # When all start over, a single call at this step is unmistakable, as it is at the start of a run.
     return Runs(where, 0, (runs.calls, 1))
 
 
-def current(runs: Runs, key: tuple[Any, ...]) -> Trajectory | None:
+def current(runs: Runs, key: Key) -> Trajectory | None:
     """The trajectory that the call at ``runs.last`` with this capture key goes on with, None where it starts over."""
     assert runs.last is not None
     found = runs.trajectories[runs.calls] if runs.calls < len(runs.trajectories) else None
@@ -116,23 +156,29 @@ def current(runs: Runs, key: tuple[Any, ...]) -> Trajectory | None:
 def commit(runs: Runs, trajectory: Trajectory) -> Runs:
     """The runs after the call, which moved its trajectory on to ``trajectory``."""
     before, after = runs.trajectories[: runs.calls], runs.trajectories[runs.calls + 1 :]
-    return replace(runs, calls=runs.calls + 1, trajectories=(*before, trajectory, *after))
+    return Runs(runs.last, runs.calls + 1, runs.expected, (*before, trajectory, *after))
 
 
-def _other_scheduler(last: torch.UntypedStorage | None, now: torch.UntypedStorage | None) -> bool:
-    return last is not None and now is not None and last.data_ptr() != now.data_ptr()
+def _other_scheduler(last: Source | None, now: Source | None) -> bool:
+    return last is not None and now is not None and last.pointer != now.pointer
 
 
-def _scheduler_storage(timestep: Tensor) -> torch.UntypedStorage | None:
-    """The memory of the tensor of timesteps that ``timestep`` is one element of, None where it is not.
+def _source(timestep: Tensor, last: Source | None) -> Source | None:
+    """The scheduler's tensor of timesteps that ``timestep`` is one element of, None where it is not.
 
     ``for t in scheduler.timesteps`` yields views, and ``set_timesteps`` makes a new tensor for every run of a pipeline. An
-    element of a batch that repeats one timestep is told from it by its neighbour.
+    element of a batch that repeats one timestep is told from it by its neighbour. The last one is held on to, so that no other
+    is in its place.
     """
     if any(timestep.stride()):
         return None
     storage = timestep.untyped_storage()
-    if storage.nbytes() < 2 * timestep.element_size():
+    version = None if timestep.is_inference() else timestep._version
+    if last is not None and storage.data_ptr() == last.pointer and version == last.version:
+        return last
+    if not 2 <= storage.nbytes() // timestep.element_size() <= MOST_TIMESTEPS:
         return None
-    first, second = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage)[:2].tolist()
-    return storage if first != second else None
+    values = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage).tolist()
+    if values[0] == values[1]:
+        return None
+    return Source(storage, storage.data_ptr(), version, tuple(map(float, values)))

@@ -9,106 +9,79 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from maskcompile.compile import Backend, Executable, compile_graph, compile_region
+from maskcompile.compile import Backend, Executable, compile_graph, compile_region, save_compiled
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.link import link
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.report import Report, SignatureReport
-from maskcompile.runs import Runs, Trajectory, Where, advance, commit, current, locate, sampling_order
-from maskcompile.signature import Call, bind, check_autocast, check_capturable, describe, timestep_name
+from maskcompile.runs import Clock, Runs, Trajectory, Where, advance, commit, current, locate
+from maskcompile.signature import Binder, Bound, Call, Key, check_autocast, check_capturable, describe, timestep_name
+from maskcompile.steps import Graph, Schedule
 from passes.capture import Capture, CaptureError, Slot, capture, composite_modules
 from passes.dependencies import Slots, result_nodes, slot_dependencies
-from passes.plan import GraphKey, Plan, plan_run, share_graphs
+from passes.merge import merge_rows, plan_merged
+from passes.plan import GraphKey, plan_run, share_graphs
 from passes.regions import Partition, partition, select_regions
 from passes.specialise import coefficients_like, specialise
 
 
 @dataclass
-class _Graph:
-    """A specialised graph, executable.
-
-    weights: that it may return as they are. coefficients: its last input, fake; None where it takes none. results: how many of
-    its first outputs are the denoiser's. shared: outputs that share memory and are cloned. seconds: of making it, and of the
-    first call, which compiles. Both known from then on.
-    """
-
-    run: Executable
-    weights: tuple[Tensor, ...]
-    coefficients: Tensor | None
-    results: int
-    seconds: float
-    called: bool = False
-    shared: frozenset[int] = frozenset()
-
-    def __call__(self, inputs: Sequence[Tensor], cached: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not self.called:
-            start = time.perf_counter()
-            outputs = self.run(*inputs, *cached, *coefficients)
-            self.seconds += time.perf_counter() - start
-            self.shared = _shared([*inputs, *self.weights], cached, outputs, self.results)
-            self.called = True
-        else:
-            outputs = self.run(*inputs, *cached, *coefficients)
-        if self.shared:
-            outputs = tuple(t.clone() if i in self.shared else t for i, t in enumerate(outputs))
-        return outputs
-
-
-def _shared(inputs: Sequence[Tensor], cached: Sequence[Tensor], outputs: Sequence[Tensor], results: int) -> frozenset[int]:
-    """Outputs to clone, so that what is cached never shares memory with what the caller holds and may change in place.
-
-    inputs: the denoiser's, and its weights, which a block may return as they are. Looked at in the tensors of a call rather
-    than in the graph, because a compiler may return an input where the graph computes ``x * 1.0``. A view of a larger tensor is
-    cloned too, or it would keep all of that alive.
-    """
-
-    def memory(tensor: Tensor) -> int:
-        return tensor.untyped_storage().data_ptr()
-
-    own = {memory(t) for t in cached}
-    shared = {i for i, t in enumerate(outputs[:results]) if memory(t) in own}
-    taken = own | {memory(t) for t in (*inputs, *outputs[:results])}
-    for i, tensor in enumerate(outputs[results:], results):
-        if memory(tensor) in taken or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            shared.add(i)
-        taken.add(memory(tensor))
-    return frozenset(shared)
-
-
-@dataclass
 class _Captured:
-    """A denoiser captured at one input signature, with the graphs made of it so far, and its regions for some blocks."""
+    """A denoiser captured at one input signature, with the graphs made of it so far.
+
+    assemble: see ``_assembler``. partitions: into regions, for the blocks of a mask. compiled: the different regions that the
+    graphs consist of.
+    """
 
     capture: Capture
     described: str
     seconds: float
-    graphs: dict[GraphKey, _Graph] = field(default_factory=dict)
+    assemble: Callable[[Sequence[Tensor]], Any]
+    graphs: dict[GraphKey, Graph] = field(default_factory=dict)
     partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
+    compiled: set[Executable] = field(default_factory=set)
 
 
 @dataclass
-class _Schedule:
-    """The plans of a run under the current mask that starts at some step: what to execute at each of its calls.
+class _Counts:
+    """For the report. calls: since the mask was set. reusing: those that reused any block. unknown, skipped: see ``Report``."""
 
-    coefficients: as the graphs take them, made once, so that nothing is copied to a device at every step.
-    """
+    calls: int = 0
+    reusing: int = 0
+    unknown: int = 0
+    skipped: int = 0
 
-    plans: list[Plan]
-    graphs: dict[GraphKey, GraphKey]
-    coefficients: dict[tuple[torch.dtype, tuple[float, ...]], list[Tensor]] = field(default_factory=dict)
+
+class _Trajectories:
+    """The runs in progress of one thread."""
+
+    def __init__(self) -> None:
+        self.runs = Runs()
+
+
+class _Threads(threading.local):
+    """In each thread its own runs, for no two threads are in one run."""
+
+    def __init__(self, in_progress: weakref.WeakSet[_Trajectories]) -> None:
+        self.own = _Trajectories()
+        in_progress.add(self.own)
 
 
 class OptimizedDenoiser(nn.Module):
@@ -128,6 +101,7 @@ class OptimizedDenoiser(nn.Module):
         backend: Backend,
         timestep: str | None,
         regions: bool,
+        max_graphs: int | None,
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -146,10 +120,12 @@ class OptimizedDenoiser(nn.Module):
         self.training = original.training
         self._backend = backend
         self._regions = regions
+        self._max_graphs = max_graphs
         self._options = dict(options)
         self._timestep = name
-        self._signature = signature
-        self._captures: dict[tuple[Any, ...], _Captured] = {}
+        self._lock = threading.RLock()
+        self._bind = Binder(original, signature, name)
+        self._captures: dict[Key, _Captured] = {}
         self._marked: set[str] = set()
         self._fingerprint: Fingerprint = {}
         self._volatile: set[tuple[str, str]] = set()
@@ -173,99 +149,111 @@ class OptimizedDenoiser(nn.Module):
             self._captures.clear()
             self._marked = marked | set(mask.blocks)
         self._mask = mask
-        self._schedules: dict[tuple[Any, ...], _Schedule] = {}
-        self._slots: dict[tuple[Any, ...], Slots] = {}
-        self._shared: dict[tuple[Any, ...], dict[GraphKey, GraphKey]] = {}
-        self._calls = self._reusing = self._unknown = self._skipped = self._recaptures = 0
-        self.reset()
+        self._clock = Clock(mask)
+        self._schedules: dict[tuple[Key, int, bool], Schedule] = {}
+        self._slots: dict[Key, Slots] = {}
+        self._merged: dict[Key, NDArray[np.bool_]] = {}
+        self._shared: dict[Key, dict[GraphKey, GraphKey]] = {}
+        self._recaptures = 0
+        self._forget_runs()
+        self._counts = _Counts()
 
     def forget_graphs(self, most: int) -> None:
         """Let go of the specialised graphs of a capture that has made more than ``most``; they are made again when needed."""
         for captured in self._captures.values():
             if len(captured.graphs) > most:
                 captured.graphs.clear()
+                self._schedules.clear()
 
     def reset(self) -> None:
-        """Forget the run in progress; the next call starts a new one."""
-        self._runs = Runs()
+        """Forget the run in progress in this thread; the next call starts a new one."""
+        self._threads.own.runs = Runs()
+
+    def _forget_runs(self) -> None:
+        """Of all threads."""
+        self._in_progress: weakref.WeakSet[_Trajectories] = weakref.WeakSet()
+        self._threads = _Threads(self._in_progress)
 
     def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self.original.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._call(*args, **kwargs)
+            return self._call(args, kwargs)
 
         return forward
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.original.training:
             raise ValueError(f"{type(self.original).__name__} is in train mode; call .eval() on the denoiser first.")
         check_autocast()
-        call = bind(self.original, args, kwargs, self._signature, self._timestep)
+        call = self._bind(args, kwargs)
         if call.timestep is None:
             raise ValueError(f"the denoiser was called without a tensor or number for {self._timestep!r}.")
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
+        if not torch.is_grad_enabled():
+            return self._execute(call, call.timestep, args, kwargs)
+        if any(tensor.requires_grad for tensor in call.tensors):
             raise ValueError(
                 "an optimised denoiser computes no gradients; call the original, or pass inputs without requires_grad."
             )
         with torch.no_grad():
-            where = locate(self._mask, call.timestep, self._runs.last)
-            runs = advance(self._runs, where)
+            return self._execute(call, call.timestep, args, kwargs)
+
+    def _execute(self, call: Bound, timestep: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = self._threads.own
+        with self._lock:
+            where = locate(self._clock, timestep, own.runs.last)
+            runs = advance(own.runs, where)
             trajectory = current(runs, call.key)
             if trajectory is None:
                 if self._check_weights():
+                    own = self._threads.own
                     runs = advance(Runs(), where)
                 if call.key not in self._captures:
-                    self._captures[call.key] = self._capture(call)
+                    self._captures[call.key] = self._capture(self._bind.bind(args, kwargs))
                 trajectory = self._begin(call.key, where)
             schedule = self._schedule(trajectory.key, trajectory.start, trajectory.leading)
-            plan = schedule.plans[trajectory.position]
-            key = schedule.graphs[plan.key]
             captured = self._captures[call.key]
-            graph = self._graph(captured, key)
-            cached = [trajectory.cache[version] for version in plan.inputs]
-            outputs = graph(call.tensors, cached, _coefficients(schedule, graph, plan))
-        # A shared graph may return more than this plan stores; that is not the run's to keep.
-        stored = dict(zip(key.stores, outputs[graph.results :], strict=True))
-        cache = {v: stored[v.slot] if v.step == trajectory.position else trajectory.cache[v] for v in plan.held}
-        self._count(runs, where, trajectory, plan)
-        self._runs = commit(
-            runs,
-            replace(
-                trajectory,
-                position=trajectory.position + 1,
-                next_step=trajectory.next_step if where.step is None else where.step + 1,
-                cache=cache,
-            ),
+            step = schedule.steps.get(trajectory.position)
+            if step is None:
+                step = schedule.step(trajectory.position, partial(self._graph, captured))
+            # The first call of a graph compiles.
+            outputs, cache = step(call.tensors, trajectory.cache) if not step.graph.called else (None, ())
+        if outputs is None:
+            outputs, cache = step(call.tensors, trajectory.cache)
+        self._count(runs, where, step.reuses)
+        next_step = trajectory.next_step if where.step is None else where.step + 1
+        own.runs = commit(
+            runs, Trajectory(call.key, trajectory.start, trajectory.leading, trajectory.position + 1, next_step, cache)
         )
-        return _result(captured.capture, outputs[: graph.results])
+        return captured.assemble(outputs[: step.graph.results])
 
-    def _begin(self, key: tuple[Any, ...], where: Where) -> Trajectory:
+    def _begin(self, key: Key, where: Where) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache."""
         if where.step is not None:
-            return Trajectory(key, where.step, False, 0, where.step, {})
-        following = sum(1 for t in self._mask.timesteps if sampling_order(self._mask, t) < where.order)
-        return Trajectory(key, following, True, 0, following, {})
+            return Trajectory(key, where.step, False, 0, where.step, ())
+        following = self._clock.following(where.order)
+        return Trajectory(key, following, True, 0, following, ())
 
-    def _count(self, runs: Runs, where: Where, trajectory: Trajectory, plan: Plan) -> None:
+    def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
-        self._calls += 1
-        self._reusing += bool(plan.inputs)
-        steps = self._mask.timesteps
+        with self._lock:
+            counts = self._counts
+            counts.calls += 1
+            counts.reusing += reuses
         if where.step is None:
-            self._unknown += 1
-            if self._unknown == 1:
+            counts.unknown += 1
+            if counts.unknown == 1:
+                steps = self._mask.timesteps
                 what = "a batch with different timesteps" if np.isnan(where.value) else f"timestep {where.value:g}"
                 _warn(
                     f"the mask ({len(steps)} steps, {steps[0]:g} to {steps[-1]:g}) does not know {what}; such calls compute "
                     "every block. Use the scheduler and number of steps that the mask was made for."
                 )
-        before = runs.trajectories[runs.calls] if runs.calls < len(runs.trajectories) else None
-        if before is not None and where.step is not None and before.next_step < where.step:
-            self._skipped += 1
-            if self._skipped == 1:
+        elif runs.calls < len(runs.trajectories) and runs.trajectories[runs.calls].next_step < where.step:
+            counts.skipped += 1
+            if counts.skipped == 1:
                 _warn(
-                    f"this run skips from step {before.next_step - 1} of the mask to step {where.step}; a step after a skip "
-                    "computes every block that it needs. Make the mask for the timesteps of the run."
+                    f"this run skips from step {runs.trajectories[runs.calls].next_step - 1} of the mask to step {where.step}; "
+                    "a step after a skip computes every block that it needs. Make the mask for the timesteps of the run."
                 )
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
@@ -289,7 +277,7 @@ class OptimizedDenoiser(nn.Module):
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)
         self._volatile |= changes(before, self._fingerprint)
-        return _Captured(captured, describe(call), time.perf_counter() - start)
+        return _Captured(captured, describe(call), time.perf_counter() - start, _assembler(captured))
 
     def _check_weights(self) -> bool:
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
@@ -299,32 +287,46 @@ class OptimizedDenoiser(nn.Module):
         self._captures.clear()
         self._schedules.clear()
         self._slots.clear()
+        self._merged.clear()
         self._shared.clear()
-        self.reset()
+        self._forget_runs()
         return True
 
-    def _schedule(self, key: tuple[Any, ...], start: int, leading: bool) -> _Schedule:
+    def _schedule(self, key: Key, start: int, leading: bool) -> Schedule:
         """Plans of the steps from ``start`` on, after one more that computes everything where ``leading``."""
         known = self._schedules.get((key, start, leading))
         if known is None:
             if key not in self._slots:
                 self._slots[key] = slot_dependencies(self._captures[key].capture, self._mask.blocks)
-            rows = self._mask.compute[start:]
+            rows = self._compute(key)[start:]
             log_snr = None if self._mask.log_snr is None else self._mask.log_snr[start:]
             if leading:
                 rows = np.concatenate([np.ones_like(self._mask.compute[:1]), rows])
                 log_snr = None if log_snr is None else (float("nan"), *log_snr)
-            plans = plan_run(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
+            merged = self._max_graphs is not None and not start and not leading
+            plan = plan_merged if merged else plan_run
+            plans = plan(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
             self._shared[key] = share_graphs(plans, self._shared.get(key, {}))
-            known = self._schedules[key, start, leading] = _Schedule(plans, self._shared[key])
+            known = self._schedules[key, start, leading] = Schedule(plans, self._shared[key])
         return known
 
-    def _graph(self, captured: _Captured, key: GraphKey) -> _Graph:
+    def _compute(self, key: Key) -> NDArray[np.bool_]:
+        """The mask's rows, merged where there may not be as many graphs as they take."""
+        mask = self._mask
+        if self._max_graphs is None:
+            return mask.compute
+        if key not in self._merged:
+            self._merged[key] = merge_rows(
+                self._slots[key], mask.blocks, mask.compute, mask.reuse, mask.log_snr, self._max_graphs
+            )
+        return self._merged[key]
+
+    def _graph(self, captured: _Captured, key: GraphKey) -> Graph:
         graph = captured.graphs.get(key)
         if graph is None:
             start = time.perf_counter()
             found = captured.capture
-            graph = captured.graphs[key] = _Graph(
+            graph = captured.graphs[key] = Graph(
                 run=self._link(captured, key)
                 if self._regions
                 else compile_graph(specialise(found, key), self._backend, self._options),
@@ -341,8 +343,14 @@ class OptimizedDenoiser(nn.Module):
         if blocks not in captured.partitions:
             captured.partitions[blocks] = partition(captured.capture, blocks)
         regions = select_regions(captured.capture, captured.partitions[blocks], key)
-        compiled = partial(compile_region, capture=captured.capture, backend=self._backend, options=self._options)
-        return link(captured.capture, key, regions, compiled)
+        linked = link(
+            captured.capture,
+            key,
+            regions,
+            partial(compile_region, capture=captured.capture, backend=self._backend, options=self._options),
+        )
+        captured.compiled.update(call.run for call in linked.calls)
+        return linked
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Capture the denoiser at these inputs and compile every graph of a run from the first step to the last.
@@ -350,24 +358,39 @@ class OptimizedDenoiser(nn.Module):
         Runs that start later, and those with several calls a step, may need a graph more. The values of the inputs do not
         matter. A run in progress is given up.
         """
-        call = bind(self.original, args, kwargs, self._signature, self._timestep)
+        call = self._bind.bind(args, kwargs)
         self.reset()
-        self._check_weights()
-        with torch.no_grad():
+        with torch.no_grad(), self._lock:
+            self._check_weights()
             if call.key not in self._captures:
                 self._captures[call.key] = self._capture(call)
             captured = self._captures[call.key]
             schedule = self._schedule(call.key, 0, leading=False)
-            first: dict[GraphKey, Plan] = {}
-            for plan in schedule.plans:
-                first.setdefault(schedule.graphs[plan.key], plan)
+            first: dict[GraphKey, int] = {}
+            for position, plan in enumerate(schedule.plans):
+                first.setdefault(schedule.graphs[plan.key], position)
             examples: dict[Slot, Tensor] = {}  # a slot is stored before it is read
-            for key, plan in tqdm(first.items(), desc="compiling graphs", delay=2, leave=False, disable=None):
-                graph = self._graph(captured, key)
+            for key, position in tqdm(first.items(), desc="compiling graphs", delay=2, leave=False, disable=None):
+                step = schedule.step(position, partial(self._graph, captured))
                 # Tensors of their own, as in a run: torch.compile specialises on inputs that are the same tensor.
-                cached = [examples[version.slot].clone() for version in plan.inputs]
-                outputs = graph(call.tensors, cached, _coefficients(schedule, graph, plan))
-                examples.update(zip(key.stores, outputs[graph.results :], strict=True))
+                cached = [examples[version.slot].clone() for version in schedule.plans[position].inputs]
+                outputs = step.graph(call.tensors, cached, step.coefficients)
+                examples.update(zip(key.stores, outputs[step.graph.results :], strict=True))
+
+    def save_compiled(self, path: str | os.PathLike[str]) -> None:
+        """Write what was compiled so far to a file, for ``optimize(..., compiled=path)`` in another process.
+
+        That process captures all the same, and needs torch of the same version and the same kind of processor and GPU. Raises
+        ValueError where there is nothing to save: before ``warmup`` or a run, without regions, or for another backend.
+        """
+        regions = {run for captured in self._captures.values() for run in captured.compiled}
+        if not regions or self._backend != "inductor":
+            raise ValueError(
+                "there is nothing to save: call warmup(...) first"
+                if self._regions and self._backend == "inductor"
+                else "only regions compiled by the backend 'inductor' can be saved."
+            )
+        save_compiled(path, regions)
 
     def report(self) -> Report:
         """What the mask costs and saves, what was compiled, and what calls so far did."""
@@ -377,16 +400,19 @@ class OptimizedDenoiser(nn.Module):
                 continue
             schedule = self._schedule(key, 0, leading=False)
             plans, slots, mask = schedule.plans, self._slots[key], self._mask
-            held = plan_run(slots, mask.blocks, mask.compute, ["hold"] * len(mask.blocks))
+            held = plan_run(slots, mask.blocks, self._compute(key), ["hold"] * len(mask.blocks))
+            unmerged = plan_run(slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
             signatures.append(
                 SignatureReport(
                     inputs=captured.described,
                     full_macs=slots.total_macs * mask.steps,
                     macs=sum(plan.macs for plan in plans),
+                    unmerged_macs=sum(plan.macs for plan in unmerged),
                     peak_cache_bytes=max(plan.held_bytes for plan in plans),
                     held_cache_bytes=max(plan.held_bytes for plan in held),
                     extrapolated=sum(slots.numel(slot) for plan in plans for slot, entering in plan.key.reads if entering == 2),
                     graphs=len({schedule.graphs[plan.key] for plan in plans}),
+                    regions=len(captured.compiled) if self._regions else None,
                     capture_seconds=captured.seconds,
                     compile_seconds=tuple(graph.seconds for graph in captured.graphs.values() if graph.called),
                 )
@@ -397,10 +423,10 @@ class OptimizedDenoiser(nn.Module):
             blocks=len(self._mask.blocks),
             steps=self._mask.steps,
             signatures=tuple(signatures),
-            calls=self._calls,
-            reusing_calls=self._reusing,
-            unknown_timesteps=self._unknown,
-            skips=self._skipped,
+            calls=self._counts.calls,
+            reusing_calls=self._counts.reusing,
+            unknown_timesteps=self._counts.unknown,
+            skips=self._counts.skipped,
             recaptures=self._recaptures,
             cache_bytes=self.cache_bytes,
         )
@@ -408,7 +434,8 @@ class OptimizedDenoiser(nn.Module):
     @property
     def cache_bytes(self) -> int:
         """Bytes that the runs in progress hold at this moment."""
-        return sum(t.untyped_storage().nbytes() for trajectory in self._runs.trajectories for t in trajectory.cache.values())
+        runs = [own.runs for own in self._in_progress]
+        return sum(t.untyped_storage().nbytes() for r in runs for trajectory in r.trajectories for t in trajectory.cache)
 
     # ---- looking like the original --------------------------------------------------------------------------------------
 
@@ -448,7 +475,13 @@ class OptimizedDenoiser(nn.Module):
         return OptimizedDenoiser(original, self._mask, **self._choices())
 
     def _choices(self) -> dict[str, Any]:
-        return {"backend": self._backend, "timestep": self._timestep, "regions": self._regions, "options": self._options}
+        return {
+            "backend": self._backend,
+            "timestep": self._timestep,
+            "regions": self._regions,
+            "max_graphs": self._max_graphs,
+            "options": self._options,
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (self.original, self._mask, self._choices())
@@ -461,25 +494,20 @@ def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> Optim
     return OptimizedDenoiser(original, mask, **choices)
 
 
-def _coefficients(schedule: _Schedule, graph: _Graph, plan: Plan) -> list[Tensor]:
-    """The last input of the graph for this plan, none where the graph takes none."""
-    if graph.coefficients is None:
-        return []
-    like = graph.coefficients
-    known = schedule.coefficients.get((like.dtype, plan.coefficients))
-    if known is None:
-        known = [torch.tensor(plan.coefficients, dtype=like.dtype, device=like.device)]
-        schedule.coefficients[like.dtype, plan.coefficients] = known
-    return known
-
-
 def _warn(message: str) -> None:
-    """Warn at the line that called the denoiser: above _count, _call, forward and the two frames of Module.__call__."""
-    warnings.warn(message, stacklevel=7)
+    """Warn at the line that called the denoiser: above _count, _execute, _call, forward and two of Module.__call__."""
+    warnings.warn(message, stacklevel=8)
 
 
-def _result(captured: Capture, tensors: Sequence[Tensor]) -> Any:
-    """Put the tensors back into the structure that the original returns."""
-    remaining = iter(tensors)
-    leaves = [next(remaining) if isinstance(leaf, torch.fx.Node) else leaf for leaf in captured.outputs]
-    return pytree.tree_unflatten(leaves, captured.out_spec)
+def _assembler(captured: Capture) -> Callable[[Sequence[Tensor]], Any]:
+    """Puts the result tensors into the structure that the original returns."""
+    leaves, spec = captured.outputs, captured.out_spec
+    if spec == pytree.tree_structure(tuple(leaves)) and all(isinstance(leaf, torch.fx.Node) for leaf in leaves):
+        return tuple
+
+    def assemble(tensors: Sequence[Tensor]) -> Any:
+        remaining = iter(tensors)
+        filled = [next(remaining) if isinstance(leaf, torch.fx.Node) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(filled, spec)
+
+    return assemble

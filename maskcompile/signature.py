@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,42 @@ from torch.utils import _pytree as pytree
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_labels")
 
 
+class Key:
+    """Equal for calls that one capture serves: the structure of the arguments, and what tells tensors and constants apart."""
+
+    __slots__ = ("hash", "parts")
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        self.parts = parts
+        self.hash = hash(parts)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self.parts == other.parts)
+
+
 @dataclass(frozen=True)
 class Call:
     """A call in canonical form.
 
     args, kwargs: as given, keywords sorted; a timestep given as a whole Python number is a 0-d tensor.
-    tensors: the tensor leaves in pytree order. key: equal for calls that one capture serves. timestep: None where the
-    denoiser has no such parameter.
+    tensors: the tensor leaves in pytree order. timestep: as given, None where the denoiser has no such parameter.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tensors: tuple[Tensor, ...]
-    key: tuple[Any, ...]
+    key: Key
+    timestep: Tensor | None
+
+
+class Bound(NamedTuple):
+    """What executing a call takes of its canonical form, see ``Call``."""
+
+    tensors: tuple[Tensor, ...]
+    key: Key
     timestep: Tensor | None
 
 
@@ -78,7 +101,146 @@ def bind(
             described.append((type(leaf), _hashable(leaf, model)))
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return Call(tuple(args), dict(kwargs), tensors, (spec, *described), value if isinstance(value, Tensor) else None)
+    return Call(tuple(args), dict(kwargs), tensors, Key((spec, *described)), value if isinstance(value, Tensor) else None)
+
+
+class Binder:
+    """Binds calls of one denoiser, quickly where a call is like an earlier one."""
+
+    def __init__(self, model: nn.Module, signature: inspect.Signature, timestep: str) -> None:
+        self.model, self.signature, self.timestep = model, signature, timestep
+        self.likes: list[_Like] = []
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        for like in self.likes:
+            if (bound := like.bind(args, kwargs)) is not None:
+                return bound
+        call = self.bind(args, kwargs)
+        new = _Like.of(args, kwargs, call.key, self._place(args, kwargs))
+        if new is not None:
+            self.likes = [new, *self.likes[: MOST_LIKES - 1]]
+        return Bound(call.tensors, call.key, call.timestep)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return bind(self.model, args, kwargs, self.signature, self.timestep)
+
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """The timestep's place among the arguments, keywords after the others; None where it is not given."""
+        if self.timestep in kwargs:
+            return len(args) + list(kwargs).index(self.timestep)
+        place = list(self.signature.parameters).index(self.timestep)
+        return place if place < len(args) else None
+
+
+#: Forms of calls that a Binder knows at a time.
+MOST_LIKES = 8
+
+#: Takes an argument and, if it is like the one that it was made from, appends its tensors, as ``bind`` makes them, to a list.
+_Check = Callable[[Any, list[Tensor]], bool]
+
+
+@dataclass(frozen=True)
+class _Like:
+    """Recognises calls that bind to the same key as one before.
+
+    positional, keywords: how the arguments are given. checks: one for each. order: of the tensors in pytree order, keywords
+    sorted, among those in the order given. timestep: its place among the arguments.
+    """
+
+    positional: int
+    keywords: tuple[str, ...]
+    checks: tuple[_Check, ...]
+    order: tuple[int, ...] | None
+    key: Key
+    timestep: int | None
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], key: Key, timestep: int | None) -> _Like | None:
+        """None for arguments that only ``bind`` understands."""
+        values = [*args, *kwargs.values()]
+        checks, ranges, count = [], [], 0
+        for place, value in enumerate(values):
+            check = _like(value, values, place == timestep)
+            found: list[Tensor] = []
+            if check is None or not check(value, found):
+                return None
+            checks.append(check)
+            ranges.append(range(count, count + len(found)))
+            count += len(found)
+        names = sorted(range(len(kwargs)), key=list(kwargs).__getitem__)
+        places = [*range(len(args)), *(len(args) + place for place in names)]
+        order = tuple(position for place in places for position in ranges[place])
+        return _Like(len(args), tuple(kwargs), tuple(checks), None if order == tuple(range(count)) else order, key, timestep)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound | None:
+        if len(args) != self.positional or tuple(kwargs) != self.keywords:
+            return None
+        tensors: list[Tensor] = []
+        timestep = None
+        for place, (value, check) in enumerate(zip((*args, *kwargs.values()), self.checks, strict=True)):
+            if place == self.timestep:
+                position = len(tensors)
+            if not check(value, tensors):
+                return None
+            if place == self.timestep:
+                timestep = value if isinstance(value, Tensor) else tensors[position]
+        if self.order is not None:
+            tensors = [tensors[position] for position in self.order]
+        return Bound(tuple(tensors), self.key, timestep)
+
+
+def _like(value: Any, beside: Sequence[Any], timestep: bool) -> _Check | None:
+    """A check of what is like ``value``, one of the arguments ``beside``; None where there is no quick one."""
+    if type(value) is Tensor:
+        shape, stride, dtype, device, dense = value.shape, value.stride(), value.dtype, value.device, _dense(value) is value
+
+        def tensor(given: Any, found: list[Tensor]) -> bool:
+            if type(given) is not Tensor or given.shape != shape or given.dtype is not dtype:
+                return False
+            if given.device != device or given.stride() != stride:
+                return False
+            found.append(given if dense else given.contiguous())
+            return True
+
+        return tensor
+    if isinstance(value, Tensor):
+        return None
+    if timestep and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return _like_timestep(
+            value, next((leaf.device for leaf in pytree.tree_leaves(beside) if isinstance(leaf, Tensor)), None)
+        )
+    if type(value) in (list, tuple, dict):
+        keys = list(value) if isinstance(value, dict) else None
+        parts = [_like(part, beside, False) for part in (value.values() if isinstance(value, dict) else value)]
+        if None in parts:
+            return None
+        kind, checks = type(value), cast(list[_Check], parts)
+
+        def container(given: Any, found: list[Tensor]) -> bool:
+            if type(given) is not kind or len(given) != len(checks) or (keys is not None and list(given) != keys):
+                return False
+            items = given if keys is None else given.values()
+            return all(check(item, found) for check, item in zip(checks, items, strict=True))
+
+        return container
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return lambda given, found: given is value or (type(given) is type(value) and given == value)
+    return None
+
+
+def _like_timestep(value: Any, device: torch.device | None) -> _Check | None:
+    """A number for a timestep: any whole one of its type is like it, for ``bind`` makes tensors of them."""
+    kind, whole = type(value), isinstance(value, numbers.Integral)
+    if not float(value).is_integer():
+        return None
+
+    def number(given: Any, found: list[Tensor]) -> bool:
+        if type(given) is not kind or not (whole or float(given).is_integer()):
+            return False
+        found.append(torch.tensor(given, dtype=torch.int64 if whole else torch.float64, device=device))
+        return True
+
+    return number
 
 
 def describe(call: Call) -> str:

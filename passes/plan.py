@@ -27,12 +27,14 @@ class GraphKey:
 class Plan:
     """What one step does.
 
-    computed: blocks of which something is computed. key: of the graph that does it. inputs: versions taken from the cache, for
-    each of ``key.reads`` the newest first. coefficients: the c of each read of two versions, see ``passes.reuse``. held:
-    versions in the cache after the step (those that a later step reads). held_bytes: size of the cache after the step.
+    computed: blocks of which something is computed. slots: what is computed of them, with OUTPUT. key: of the graph that does
+    it. inputs: versions taken from the cache, for each of ``key.reads`` the newest first. coefficients: the c of each read of
+    two versions, see ``passes.reuse``. held: versions in the cache after the step (those that a later step reads). held_bytes:
+    size of the cache after the step.
     """
 
     computed: tuple[str, ...]
+    slots: frozenset[Slot | str]
     key: GraphKey
     inputs: tuple[Version, ...]
     coefficients: tuple[float, ...]
@@ -51,19 +53,26 @@ class Plan:
 
 
 def plan_run(
-    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None = None
+    slots: Slots,
+    blocks: Sequence[str],
+    compute: Compute,
+    rules: Sequence[str],
+    log_snr: Sequence[float] | None = None,
+    also: Sequence[frozenset[Slot | str]] | None = None,
 ) -> list[Plan]:
     """One plan a step, for a run that starts with nothing stored.
 
     compute: bool [steps, len(blocks)]. rules: the reuse rule of each block, and log_snr of each step, see ``passes.reuse``.
+    also: slots to compute at each step in any case, see ``passes.rectify.liveness``.
     """
     plans = []
-    for live in liveness(slots, simulate(slots, blocks, compute, rules, log_snr)):
+    for live in liveness(slots, simulate(slots, blocks, compute, rules, log_snr), also):
         inputs = {slot: versions(slot, made) for slot, made in live.read.items()}
         reads = tuple((slot, len(entering)) for slot, entering in inputs.items())
         plans.append(
             Plan(
                 computed=tuple(dict.fromkeys(c.block for c in slots.calls if not live.computed.isdisjoint(c.slots))),
+                slots=live.computed,
                 key=GraphKey(reads, tuple(sorted(live.stored)), slots.macs_of(live.computed)),
                 inputs=tuple(version for entering in inputs.values() for version in entering),
                 coefficients=tuple(made.c for made in live.read.values() if made.before is not None),

@@ -78,14 +78,18 @@ def simulate(
     return steps
 
 
-def liveness(slots: Slots, steps: Sequence[Calls]) -> list[Liveness]:
-    """What is live at each step, given the calls of each; from the last step to the first."""
+def liveness(slots: Slots, steps: Sequence[Calls], also: Sequence[frozenset[Slot | str]] | None = None) -> list[Liveness]:
+    """What is live at each step, given the calls of each; from the last step to the first.
+
+    also: slots to compute at each step even where nobody reads them, if their calls run.
+    """
     wanted: frozenset[Version] = frozenset()
     live: list[Liveness] = []
     for step, calls in reversed(list(enumerate(steps))):
         produced = frozenset(slot for c in slots.calls if (c.block, c.call) in calls.running for slot in c.slots)
         stored = frozenset(version.slot for version in wanted if version.step == step)
-        computed, reused = slots.reach(frozenset(slots.size) - produced, stored)
+        roots = stored if also is None else stored | produced.intersection(also[step])
+        computed, reused = slots.reach(frozenset(slots.size) - produced, roots)
         read = {slot: _of_slot(slots, slot, calls.recalled[slot.block, slot.call]) for slot in sorted(reused)}
         live.append(Liveness(frozenset(computed), read, stored, wanted))
         wanted = frozenset(v for v in wanted if v.step < step) | {

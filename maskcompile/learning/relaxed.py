@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from maskcompile.learning.recording import RecordedCall
-from maskcompile.signature import Call
+from maskcompile.signature import Call, Key
 from passes.capture import Capture, Slot, capture, composite_modules
 from passes.plan import GraphKey
 from passes.relax import blendable, relax
@@ -34,10 +33,10 @@ class _Graphs:
 class RelaxedDenoiser:
     """The graphs of a denoiser that learning needs, made once for each input signature. Weights get no gradients."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], known: Mapping[tuple[Any, ...], Capture]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str], known: Mapping[Key, Capture]) -> None:
         self.model, self.blocks = model, tuple(blocks)
         self.known = dict(known)
-        self.graphs: dict[tuple[Any, ...], _Graphs] = {}
+        self.graphs: dict[Key, _Graphs] = {}
 
     def observe(self, calls: Sequence[RecordedCall]) -> Features:
         """What the blocks of the denoiser itself return at a step."""

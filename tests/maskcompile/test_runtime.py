@@ -8,6 +8,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -290,7 +291,7 @@ def test_cached_tensors_are_not_the_callers(backend):
         x = sample(step)
         ours, theirs = fast(x, torch.tensor(t)), executor.step(step, x.clone(), torch.tensor(t))
         torch.testing.assert_close(ours, theirs)
-        cached = [c.untyped_storage().data_ptr() for r in fast._runs.trajectories for c in r.cache.values()]
+        cached = [c.untyped_storage().data_ptr() for r in fast._threads.own.runs.trajectories for c in r.cache]
         assert {x.untyped_storage().data_ptr(), ours.untyped_storage().data_ptr()}.isdisjoint(cached)
         assert len(set(cached)) == len(cached)
         ours.mul_(0), x.mul_(0)
@@ -309,8 +310,8 @@ def test_cache_bytes_are_those_reported():
         fast(x, t)
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for r in fast._runs.trajectories
-            for t in r.cache.values()
+            for r in fast._threads.own.runs.trajectories
+            for t in r.cache
         }
         assert sum(storages.values()) == fast.cache_bytes == expected.cache_bytes[step]
     assert max(expected.cache_bytes) > 0
@@ -654,3 +655,116 @@ def test_a_foreign_module_named_passes_is_named(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "maskcompile needs its own package 'passes', but Python found" in result.stderr
     assert str(tmp_path) in result.stderr
+
+
+# ---- the steady state ---------------------------------------------------------------------------------------------------
+
+
+class Refusing(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses every read of a tensor's value, which on a GPU waits for all that is queued."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a value was read")
+        return func(*args, **(kwargs or {}))
+
+
+def of_a_scheduler(t):
+    return t, t.expand(2), t[None]
+
+
+@pytest.mark.parametrize("form", range(3))
+def test_timesteps_of_a_scheduler_are_read_once_a_run(form):
+    """As a pipeline gives them: the elements of ``scheduler.timesteps``, one for each picture or one for all."""
+    model, compute, fast = make(3)
+    for run in range(2):
+        executor = truth(model, compute)
+        timesteps = torch.tensor(TIMESTEPS)
+        for step, t in enumerate(timesteps):
+            x = sample(10 * run + step)
+            expected = executor.step(step, x, t)
+            fast_t = of_a_scheduler(t)[form]
+            if step == 0 or form == 2:  # a view of one element that does not say of what
+                assert torch.equal(fast(x, fast_t), expected)
+            else:
+                with Refusing():
+                    ours = fast(x, fast_t)
+                assert torch.equal(ours, expected)
+    assert fast.report().reusing_calls == 8
+
+
+def test_timesteps_changed_in_place_are_read_again():
+    model, compute, fast = make(3)
+    executor = truth(model, compute)
+    timesteps = torch.tensor([*TIMESTEPS, 0])
+    for step, t in enumerate(TIMESTEPS):
+        timesteps[2] = t
+        x = sample(step)
+        assert torch.equal(fast(x, timesteps[2]), executor.step(step, x, torch.tensor(t)))
+
+
+def test_threads_have_runs_of_their_own():
+    """Four threads in step with each other, each half way through a run of its own with other noise."""
+    model, compute, fast = make(5)
+    together = threading.Barrier(4)
+    failed = []
+
+    def run(number: int) -> None:
+        try:
+            for round_ in range(3):
+                executor = truth(copy.deepcopy(model), compute)
+                for step, t in enumerate(TIMESTEPS):
+                    together.wait(60)
+                    x = sample(100 * number + 10 * round_ + step)
+                    if not torch.equal(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t))):
+                        failed.append((number, round_, step))
+        except BaseException as error:
+            failed.append(error)
+            together.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert fast.report().calls == 4 * 3 * len(TIMESTEPS)
+    assert len(fast._captures) == 1
+
+
+def test_calls_in_many_forms_are_one_another():
+    """Whatever the form of a call, quick recognition of a form seen before changes nothing."""
+
+    class Forms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, sample, timestep, extra=None, scale=1.0, flag=True):
+            out = self.b(sample) * scale + timestep / 1000
+            for value in (extra or {}).values():
+                out = out + value.sum()
+            return (out,) if flag else {"out": out}
+
+    model = Forms().eval()
+    fast = mc.optimize(model, mc.Mask.full(["b"], TIMESTEPS), backend="eager")
+    x, y = sample(0), torch.ones(3)
+    wide = torch.randn(2, 8)[:, ::2]
+    forms = [
+        ((x, 900), {}), ((x, 900.0), {}), ((x, torch.tensor(900)), {}), ((x,), {"timestep": 900}),
+        ((), {"timestep": torch.tensor(900), "sample": x}), ((), {"sample": x, "timestep": torch.tensor(900)}),
+        ((x, 900, {"p": y, "q": 2 * y}), {}), ((x, 900, {"q": y, "p": 3 * y}), {}), ((x, 900), {"extra": {"q": y}}),
+        ((x, 900), {"scale": 2.0}), ((x, 900), {"scale": 2}), ((x, 900), {"scale": 3.0}), ((x, 900), {"flag": False}),
+        ((x, 900), {"flag": 0}), ((wide, 900), {}), ((x.double().float(), 900), {}), ((torch.randn(3, 4), 900), {}),
+        ((x, torch.full((2, 1), 900)), {}), ((x, torch.tensor(900.0)), {}), ((x, torch.tensor(900).expand(2, 1)), {}),
+    ]  # fmt: skip
+    for _ in range(3):
+        for args, kwargs in forms:
+            fast.reset()
+            with torch.no_grad():
+                expected = model(*args, **kwargs)
+            ours = fast(*args, **kwargs)
+            assert type(ours) is type(expected)
+            for a, b in zip(tensors_of(ours), tensors_of(expected), strict=True):
+                assert torch.equal(a, b), (args, kwargs)

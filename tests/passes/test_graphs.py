@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.capture import capture, composite_modules
 from passes.dependencies import slot_dependencies
+from passes.merge import merge_rows, plan_merged
 from passes.plan import plan_run, share_graphs
 from passes.rectify import Version, rectify
 from passes.specialise import specialise
 from tests.executor import Executor
-from tests.toys import RandomDag
+from tests.toys import Chain, RandomDag
 
 STEPS = 6
 RULES = ("hold", "linear")
@@ -46,10 +47,10 @@ def executor_of(model, mask):
     return Executor(model, model.names(), compute, order=[RULES.index(rule) for rule in rules], log_snr=log_snr)
 
 
-def run(found, blocks, mask, inputs):
+def run(found, blocks, mask, inputs, planned=plan_run):
     """Execute the plans by hand: (plans, results of every step, MACs that each step really does)."""
     slots = slot_dependencies(found, blocks)
-    plans = plan_run(slots, blocks, *mask)
+    plans = planned(slots, blocks, *mask)
     keys = share_graphs(plans, {})
     cache, results, macs = {}, [], []
     for step, (plan, tensors) in enumerate(zip(plans, inputs, strict=True)):
@@ -81,6 +82,45 @@ def test_specialised_graphs_are_the_executor(captured):
         assert not plans[-1].held
 
     check()
+
+
+def test_merged_rows_need_few_graphs_and_are_the_executor(captured):
+    model, found, inputs = captured
+    slots = slot_dependencies(found, model.names())
+
+    @SETTINGS
+    @given(masks(model), st.integers(1, 4))
+    def check(mask, most):
+        compute, *reuse = mask
+        merged = merge_rows(slots, model.names(), compute, *reuse, most)
+        needed = rectify(slots, model.names(), compute, *reuse)
+        assert (merged >= needed).all()
+        executor = executor_of(model, (merged, *reuse))
+        plans, results, macs = run(found, model.names(), (merged, *reuse), inputs, plan_merged)
+        for step, tensors in enumerate(inputs):
+            expected = executor.step(step, *tensors)
+            assert torch.equal(results[step][0], expected["sample"])
+            assert torch.equal(results[step][1], expected["first"])
+        assert macs == [plan.macs for plan in plans]
+        assert len({plan.key for plan in plans}) <= most
+        if len(np.unique(needed, axis=0)) <= most:  # nothing to merge
+            assert macs == [plan.macs for plan in plan_run(slots, model.names(), needed, *reuse)]
+
+    check()
+
+
+def test_merging_takes_the_cheapest_pair():
+    """Of a chain of equal blocks: c alone joins the two steps of b and c, at the price of one b; those would take two of a."""
+    model = Chain().eval()
+    inputs = (torch.randn(2, 4), torch.tensor(900))
+    found = capture(model, inputs, {}, composite_modules(model))
+    slots = slot_dependencies(found, ["a", "b", "c"])
+    compute = np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=bool)
+    rules = ["hold"] * 3
+    merged = merge_rows(slots, ["a", "b", "c"], compute, rules, None, 2)
+    assert merged.tolist() == [[True] * 3, *[[False, True, True]] * 3, [True] * 3]
+    with pytest.raises(ValueError, match="at least one graph; got max_graphs=0"):
+        merge_rows(slots, ["a", "b", "c"], compute, rules, None, 0)
 
 
 def test_rectifying_changes_cost_and_nothing_else(captured):

@@ -1,0 +1,118 @@
+"""Keep what was compiled of regions in a file, so that another process need not compile it.
+
+One zip archive: ``manifest.json``; under ``regions/`` torch's own artefact of each region
+(``torch._inductor.CompiledArtifact``); under ``kernels/`` the machine code for the CPU, which torch's artefacts leave out.
+Compiled code runs with your rights and torch's artefacts hold pickles: load only files that you trust as you would a program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.standalone_compile import CompiledArtifact
+
+FORMAT = 1
+
+
+def save_artefacts(path: str | os.PathLike[str], artefacts: Mapping[str, bytes]) -> None:
+    """Write artefacts, by name, whole or not at all."""
+    target = Path(path)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
+    os.close(handle)
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("manifest.json", json.dumps({"format": FORMAT, **_surroundings()}, indent=1))
+            for name, content in artefacts.items():
+                archive.writestr(f"regions/{name}", content)
+            for kernel in _loaded_kernels():
+                archive.write(kernel, f"kernels/{kernel.relative_to(cache_dir()).as_posix()}")
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def load_artefacts(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Artefacts by name, for ``load_artefact``; none, and a warning, from a file that is not one or was made elsewhere.
+
+    Machine code is put where Inductor looks for it, unless there is some already.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest = json.loads(archive.read("manifest.json"))
+            if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
+                raise ValueError("its format is unknown")
+            ours = _surroundings()
+            if differing := [name for name in ours if manifest.get(name) != ours[name]]:
+                name = differing[0]
+                raise ValueError(f"it was made with {name} {manifest.get(name)}, here it is {ours[name]}")
+            kept = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        reason = "it is no file of save_compiled" if isinstance(error, (zipfile.BadZipFile, KeyError)) else error
+        warnings.warn(f"{os.fspath(path)!r} is not used, and everything compiled afresh: {reason}.", stacklevel=4)
+        return {}
+    regions = {}
+    for name, content in kept.items():
+        folder, _, rest = name.partition("/")
+        if folder == "regions":
+            regions[rest] = content
+        elif folder == "kernels" and ".." not in PurePosixPath(rest).parts and not PurePosixPath(rest).is_absolute():
+            _put(Path(cache_dir(), rest), content)
+    return regions
+
+
+def to_bytes(artefact: CompiledArtifact) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "region")
+        artefact.save(path=file, format="binary")
+        return Path(file).read_bytes()
+
+
+def load_artefact(content: bytes) -> CompiledArtifact:
+    """An artefact of ``load_artefacts``, executable."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "region")
+        Path(file).write_bytes(content)
+        return CompiledArtifact.load(path=file, format="binary")
+
+
+def _surroundings() -> dict[str, Any]:
+    """What compiled code depends on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "GPU": device,
+        "system": platform.system(),
+    }
+
+
+def _loaded_kernels() -> list[Path]:
+    """Shared libraries in Inductor's cache folder that this process has loaded; known on Linux alone."""
+    maps = Path("/proc/self/maps")
+    folder = cache_dir().rstrip("/") + "/"
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    names = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") > 4 and line.endswith(".so") and folder in line}
+    return sorted(Path(name) for name in names if name.startswith(folder) and os.path.exists(name))
+
+
+def _put(path: Path, content: bytes) -> None:
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    os.chmod(partial, 0o755)
+    os.replace(partial, path)

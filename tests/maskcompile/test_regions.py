@@ -1,0 +1,219 @@
+"""Denoisers put together from compiled regions: what is compiled, how often, and how it is kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import maskcompile as mc
+from maskcompile import compile as compiling
+from tests.denoisers import denoiser, tensors_of
+from tests.executor import Executor
+from tests.toys import Chain
+
+TIMESTEPS = (901, 701, 501, 301, 101)
+
+
+def latents(seed: int) -> torch.Tensor:
+    return torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def masks(program, count: int, reuse: str = "hold"):
+    rng = np.random.default_rng(0)
+    shape = len(TIMESTEPS), len(program.names)
+    return [mc.Mask(rng.random(shape) < 0.5, blocks=program.names, timesteps=TIMESTEPS, reuse=reuse) for _ in range(count)]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Graphs given to the compiler from here on, by a backend that compiles nothing."""
+    graphs = []
+
+    def backend(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    monkeypatch.setattr(compiling, "_compiled", {})
+    torch._dynamo.reset()
+    return backend, graphs
+
+
+def test_many_masks_compile_the_layers_once(compiled):
+    """Of a DiT of two equal layers: one attention and one feed-forward, whatever the masks."""
+    backend, graphs = compiled
+    case = denoiser("dit")
+    args, kwargs = case.inputs(2, TIMESTEPS[0], 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    first, *others = masks(program, 5)
+    fast = mc.optimize(case.model, first, backend=backend)
+    fast.warmup(*args, **kwargs)
+
+    def products(graph):
+        return sum("scaled_dot_product" in str(node.target) for node in graph.graph.nodes)
+
+    for mask in others:
+        fast.set_mask(mask)
+        fast.warmup(*args, **kwargs)
+        executor = Executor(case.model, program.names, mask.compute)
+        for step, t in enumerate(TIMESTEPS):
+            args, kwargs = case.inputs(2, t, step)
+            for ours, theirs in zip(
+                tensors_of(fast(*args, **kwargs)), tensors_of(executor.step(step, *args, **kwargs)), strict=True
+            ):
+                torch.testing.assert_close(ours, theirs)
+    attention = [graph for graph in graphs if products(graph)]
+    assert 1 <= len(attention) <= 2  # with the residual sum before it, or without, as in the first layer
+    assert len(graphs) <= 12
+    before = len(graphs)
+    mc.optimize(case.model, first, backend=backend).warmup(*args, **kwargs)
+    assert len(graphs) == before
+
+
+def test_whole_graphs_where_asked(compiled):
+    backend, graphs = compiled
+    model = Chain().eval()
+    mask = mc.Mask(np.array([[1, 1], [0, 1], [0, 0]], dtype=bool), blocks=["a", "b"], timesteps=(3, 2, 1))
+    fast = mc.optimize(model, mask, backend=backend, regions=False)
+    fast.warmup(latents(0), torch.tensor(3))
+    assert len(graphs) == fast.report().signatures[0].graphs == 3
+    assert "compiled in" in str(fast.report())
+
+
+def test_weights_changed_in_place_are_followed(compiled):
+    backend, _ = compiled
+    model = Chain().eval()
+    mask = mc.Mask.full(["a", "b"], TIMESTEPS)
+    fast = mc.optimize(model, mask, backend=backend)
+    fast(latents(0), torch.tensor(901))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    fast.reset()
+    torch.testing.assert_close(fast(latents(0), torch.tensor(901)), model(latents(0), torch.tensor(901)))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_max_graphs(regions):
+    """At most as many graphs, the results of the merged mask, and a report of its price."""
+    case = denoiser("unet2d")
+    args, kwargs = case.inputs(2, TIMESTEPS[0], 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    (mask,) = masks(program, 1, reuse="linear")
+    free = mc.optimize(case.model, mask, backend="eager", regions=regions)
+    fast = mc.optimize(case.model, mask, backend="eager", regions=regions, max_graphs=2)
+    for f in (free, fast):
+        f.warmup(*args, **kwargs)
+    of_all, of_few = (f.report().signatures[0] for f in (free, fast))
+    assert of_all.graphs > 2 >= of_few.graphs == len(of_few.compile_seconds)
+    assert of_few.macs > of_few.unmerged_macs == of_all.macs
+    assert f"merged       adds {of_few.macs / of_all.macs - 1:.1%} to the MACs" in str(fast.report())
+    assert "merged" not in str(free.report())
+    merged = fast._compute(next(iter(fast._captures)))
+    assert fast.mask == mask
+    executor = Executor(case.model, program.names, merged, 1)
+    for step, t in enumerate(TIMESTEPS):
+        args, kwargs = case.inputs(2, t, step)
+        expected = executor.step(step, *args, **kwargs)
+        for ours, theirs in zip(tensors_of(fast(*args, **kwargs)), tensors_of(expected), strict=True):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="got max_graphs=0"):
+        mc.optimize(case.model, mask, max_graphs=0)
+
+
+CHILD = """
+import sys, torch, maskcompile as mc
+from torch._inductor import standalone_compile
+from maskcompile import compile as compiling
+from tests.toys import Chain
+
+calls = []
+compiling.standalone_compile = lambda *args, **kwargs: calls.append(1) or standalone_compile(*args, **kwargs)
+torch.manual_seed(0)
+model = Chain().eval()
+mask = mc.Mask([[True, True], [False, True], [False, False]], blocks=["a", "b"], timesteps=[3, 2, 1])
+fast = mc.optimize(model, mask, compiled=sys.argv[2] if sys.argv[1] == "load" else None)
+x = torch.ones(2, 4)
+results = [fast(x, torch.tensor(t)) for t in (3, 2, 1)]
+eager = mc.optimize(model, mask, backend="eager")
+for result, t in zip(results, (3, 2, 1)):
+    torch.testing.assert_close(result, eager(x, torch.tensor(t)))
+fast.save_compiled(sys.argv[2] + ".again" if sys.argv[1] == "load" else sys.argv[2])
+print("compiled", len(calls))
+"""
+
+
+def test_another_process_takes_what_was_compiled(tmp_path):
+    """With a cache folder of its own, so that nothing else can help."""
+    path = tmp_path / "chain.compiled"
+
+    def run(what: str, number: int) -> str:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(number))}
+        command = [sys.executable, "-c", CHILD, what, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "compiled 0" not in run("save", 0)
+    assert "compiled 0" in run("load", 1)
+    again = zipfile.ZipFile(f"{path}.again").namelist()
+    assert sys.platform != "linux" or any(name.startswith("kernels/") for name in again)
+    assert sorted(again) == sorted(zipfile.ZipFile(path).namelist())
+    assert not list((tmp_path / "1").glob("**/*.partial"))
+
+
+def test_a_strange_file_is_left_aside(tmp_path):
+    model = Chain().eval()
+    mask = mc.Mask.full(["a"], TIMESTEPS)
+    path = tmp_path / "x"
+
+    def warned() -> str:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fast = mc.optimize(model, mask, backend="eager", compiled=path)
+        assert torch.equal(fast(latents(0), torch.tensor(901)), model(latents(0), torch.tensor(901)))
+        (said,) = caught
+        assert said.filename == __file__
+        return str(said.message)
+
+    assert "No such file" in warned()
+    path.write_text("{}")
+    assert "it is no file of save_compiled" in warned()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", '{"format": 1, "torch": "1.0"}')
+    assert f"it was made with torch 1.0, here it is {torch.__version__}" in warned()
+    with pytest.raises(ValueError, match="call warmup"):
+        mc.optimize(model, mask).save_compiled(path)
+    with pytest.raises(ValueError, match="'inductor' can be saved"):
+        mc.optimize(model, mask, backend="eager").save_compiled(path)
+
+
+def test_a_region_that_returns_two_tensors():
+    """An operation with several results, both of which leave the region."""
+
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Linear(4, 4))
+            self.b = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, sample, timestep):
+            values, indices = self.a(sample).sort(dim=-1)
+            return self.b(values) + indices, values
+
+    model = Split().eval()
+    compute = np.array([[True, True], [True, False], [False, True], [False, False]])
+    fast = mc.optimize(model, mc.Mask(compute, blocks=["a", "b"], timesteps=TIMESTEPS[:4]), backend="eager", regions=True)
+    executor = Executor(model, ["a", "b"], compute)
+    for step, t in enumerate(TIMESTEPS[:4]):
+        for ours, theirs in zip(
+            fast(latents(step), torch.tensor(t)), executor.step(step, latents(step), torch.tensor(t)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
