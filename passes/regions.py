@@ -83,37 +83,60 @@ def partition(capture: Capture, blocks: Iterable[str]) -> Partition:
     return Partition(tuple(regions), producer, light, reader)
 
 
+#: Light regions that are merged with each other at most.
+LONGEST_CHAIN = 8
+
+
 def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Region]:
     """What a specialised graph is made of, in the order of execution.
 
-    Light regions are merged with what a compiler that saw the whole graph would fuse them with, as far as that takes no more
-    compilations of anything that multiplies: extrapolations with the light regions that read them, and a light region that
-    reads none with the first region that reads it.
+    Light regions are merged with what a compiler that saw the whole graph would fuse them with, as far as that takes few
+    compilations more, and none of anything that multiplies: extrapolations with the light regions that read them; a light
+    region that reads none with the first region that reads it, if that multiplies; and others, like the residual sums of
+    reused blocks, with each other, 8, 4 or 2 at a time.
     """
     twofold = {capture.marks[slot] for slot, versions in key.reads if versions == 2}
     live = _live_regions(capture, parts, key)
-    selected: list[Region] = []
+    groups: list[list[Region]] = []
     extrapolated: set[Node] = set()
     waiting: dict[Region, list[Region]] = {}
+    chain: list[Region] = []
 
     def extrapolate_for(readers: Iterable[Node]) -> None:
         for node in readers:
             if node in twofold and node not in extrapolated:
                 extrapolated.add(node)
-                selected.append(Region((), (node,), (), (node,), frozenset({node})))
+                groups.append([Region((), (node,), (), (node,), frozenset({node}))])
+
+    def reads_chain(group: Sequence[Region]) -> bool:
+        made = {node for region in chain for node in region.outputs}
+        return any(node in made for region in group for node in region.inputs)
+
+    def end_chain() -> None:
+        while chain:
+            size = 1 << min(len(chain), LONGEST_CHAIN).bit_length() - 1
+            groups.append(chain[:size])
+            del chain[:size]
 
     extrapolate_for(result_nodes(capture))
     for region in (region for region in parts.regions if region in live):
-        entering = frozenset(twofold.intersection(region.inputs))
         reader = parts.reader.get(region)
-        if region not in parts.light:
+        entering = frozenset(twofold.intersection(region.inputs))
+        if region not in parts.light or renames(region):
+            group = [*waiting.pop(region, ()), region]
+            if reads_chain(group):
+                end_chain()
             extrapolate_for(region.inputs)
-            selected.append(_merged([*waiting.pop(region, ()), region]))
-        elif entering or reader not in live or reader in parts.light or renames(region):
-            selected.append(replace(region, extrapolated=entering))
-        else:
+            groups.append(group)
+        elif not entering and reader in live and reader not in parts.light:
             waiting.setdefault(reader, []).append(region)
-    return selected
+        else:
+            if chain and not reads_chain([region]):
+                end_chain()
+            chain.append(replace(region, extrapolated=entering))
+    end_chain()
+    results = {*result_nodes(capture), *(capture.marks[slot] for slot in key.stores)}
+    return [_merged(group, results, groups) for group in groups]
 
 
 def renames(region: Region) -> bool:
@@ -226,11 +249,14 @@ def _region(nodes: Sequence[Node], outputs: Sequence[Node]) -> Region:
     )
 
 
-def _merged(regions: Sequence[Region]) -> Region:
-    if len(regions) == 1:
-        return regions[0]
-    nodes = dict.fromkeys(node for region in regions for node in region.nodes)
-    return _region(list(nodes), [node for region in regions for node in region.outputs])
+def _merged(group: Sequence[Region], results: set[Node], groups: Sequence[Sequence[Region]]) -> Region:
+    """One region for a group of them, with those of their outputs that are results or that other groups read."""
+    if len(group) == 1:
+        return group[0]
+    read = {node for other in groups if other is not group for region in other for node in region.inputs} | results
+    nodes = dict.fromkeys(node for region in group for node in region.nodes)
+    merged = _region(list(nodes), [node for region in group for node in region.outputs if node in read])
+    return replace(merged, extrapolated=frozenset().union(*(region.extrapolated for region in group)))
 
 
 def _live_regions(capture: Capture, parts: Partition, key: GraphKey) -> set[Region]:
