@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch._inductor import config, cpu_vec_isa
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.standalone_compile import CompiledArtifact
 
@@ -53,6 +54,7 @@ def load_artefacts(path: str | os.PathLike[str]) -> dict[str, bytes]:
             manifest = json.loads(archive.read("manifest.json"))
             if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
                 raise ValueError("its format is unknown")
+            _assume_vector_instructions(str(manifest.get("vector instructions")))
             ours = _surroundings()
             if differing := [name for name in ours if manifest.get(name) != ours[name]]:
                 name = differing[0]
@@ -95,7 +97,17 @@ def _surroundings() -> dict[str, Any]:
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "GPU": device,
         "system": platform.system(),
+        "vector instructions": str(cpu_vec_isa.pick_vec_isa()),
     }
+
+
+def _assume_vector_instructions(known: str) -> None:
+    """Spare Inductor finding out by compiling which vector instructions work here, where the processor has those ``known``."""
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    with config.patch({"cpp.vec_isa_ok": True}):
+        found = str(cpu_vec_isa.pick_vec_isa())
+    if found != known:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
 
 
 def _loaded_kernels() -> list[Path]:

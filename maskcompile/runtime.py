@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from passes.capture import Capture, CaptureError, Slot, capture, composite_modul
 from passes.dependencies import Slots, result_nodes, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
-from passes.regions import Partition, partition, select_regions
+from passes.regions import Partition, Region, partition, select_regions
 from passes.specialise import coefficients_like, specialise
 
 
@@ -46,8 +46,8 @@ from passes.specialise import coefficients_like, specialise
 class _Captured:
     """A denoiser captured at one input signature, with the graphs made of it so far.
 
-    assemble: see ``_assembler``. partitions: into regions, for the blocks of a mask. compiled: the different regions that the
-    graphs consist of.
+    assemble: see ``_assembler``. partitions: into regions, for the blocks of a mask. compiled: the regions that
+    the graphs consist of, by content.
     """
 
     capture: Capture
@@ -56,7 +56,7 @@ class _Captured:
     assemble: Callable[[Sequence[Tensor]], Any]
     graphs: dict[GraphKey, Graph] = field(default_factory=dict)
     partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
-    compiled: set[Executable] = field(default_factory=set)
+    compiled: dict[Hashable, Executable] = field(default_factory=dict)
 
 
 @dataclass
@@ -343,14 +343,15 @@ class OptimizedDenoiser(nn.Module):
         if blocks not in captured.partitions:
             captured.partitions[blocks] = partition(captured.capture, blocks)
         regions = select_regions(captured.capture, captured.partitions[blocks], key)
-        linked = link(
-            captured.capture,
-            key,
-            regions,
-            partial(compile_region, capture=captured.capture, backend=self._backend, options=self._options),
-        )
-        captured.compiled.update(call.run for call in linked.calls)
-        return linked
+
+        def compiled(region: Region) -> Executable:
+            known = captured.compiled.get(region.content)
+            if known is None:
+                known = compile_region(region, captured.capture, self._backend, self._options)
+                captured.compiled[region.content] = known
+            return known
+
+        return link(captured.capture, key, regions, compiled)
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Capture the denoiser at these inputs and compile every graph of a run from the first step to the last.
@@ -372,6 +373,8 @@ class OptimizedDenoiser(nn.Module):
             examples: dict[Slot, Tensor] = {}  # a slot is stored before it is read
             for key, position in tqdm(first.items(), desc="compiling graphs", delay=2, leave=False, disable=None):
                 step = schedule.step(position, partial(self._graph, captured))
+                if self._regions and self._backend == "inductor":
+                    continue  # compiled already; other graphs are when they are called
                 # Tensors of their own, as in a run: torch.compile specialises on inputs that are the same tensor.
                 cached = [examples[version.slot].clone() for version in schedule.plans[position].inputs]
                 outputs = step.graph(call.tensors, cached, step.coefficients)
@@ -383,7 +386,7 @@ class OptimizedDenoiser(nn.Module):
         That process captures all the same, and needs torch of the same version and the same kind of processor and GPU. Raises
         ValueError where there is nothing to save: before ``warmup`` or a run, without regions, or for another backend.
         """
-        regions = {run for captured in self._captures.values() for run in captured.compiled}
+        regions = {run for captured in self._captures.values() for run in captured.compiled.values()}
         if not regions or self._backend != "inductor":
             raise ValueError(
                 "there is nothing to save: call warmup(...) first"
@@ -412,9 +415,9 @@ class OptimizedDenoiser(nn.Module):
                     held_cache_bytes=max(plan.held_bytes for plan in held),
                     extrapolated=sum(slots.numel(slot) for plan in plans for slot, entering in plan.key.reads if entering == 2),
                     graphs=len({schedule.graphs[plan.key] for plan in plans}),
-                    regions=len(captured.compiled) if self._regions else None,
+                    regions=len(set(captured.compiled.values())) if self._regions else None,
                     capture_seconds=captured.seconds,
-                    compile_seconds=tuple(graph.seconds for graph in captured.graphs.values() if graph.called),
+                    compile_seconds=tuple(graph.seconds for graph in captured.graphs.values()),
                 )
             )
         return Report(

@@ -8,8 +8,9 @@ so a specialised graph is a selection of the regions of its capture. Regions tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from operator import getitem
 from typing import Any
 
@@ -38,6 +39,11 @@ class Region:
     weights: tuple[Node, ...]
     outputs: tuple[Node, ...]
     extrapolated: frozenset[Node] = frozenset()
+
+    @property
+    def content(self) -> Hashable:
+        """Equal for regions of a capture that are the same."""
+        return self.nodes, self.inputs, self.outputs, self.extrapolated
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ def partition(capture: Capture, blocks: Iterable[str]) -> Partition:
     return Partition(tuple(regions), producer, light, reader)
 
 
-#: Light regions that are merged with each other at most.
-LONGEST_CHAIN = 8
+#: How many light regions are merged with each other. One length only, or masks would need ever other ones compiled.
+CHAIN = 4
 
 
 def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Region]:
@@ -93,7 +99,7 @@ def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Re
     Light regions are merged with what a compiler that saw the whole graph would fuse them with, as far as that takes few
     compilations more, and none of anything that multiplies: extrapolations with the light regions that read them; a light
     region that reads none with the first region that reads it, if that multiplies; and others, like the residual sums of
-    reused blocks, with each other, 8, 4 or 2 at a time.
+    reused blocks, with each other, four at a time.
     """
     twofold = {capture.marks[slot] for slot, versions in key.reads if versions == 2}
     live = _live_regions(capture, parts, key)
@@ -113,10 +119,12 @@ def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Re
         return any(node in made for region in group for node in region.inputs)
 
     def end_chain() -> None:
-        while chain:
-            size = 1 << min(len(chain), LONGEST_CHAIN).bit_length() - 1
-            groups.append(chain[:size])
-            del chain[:size]
+        for _, alike in groupby(chain, key=lambda region: bool(region.extrapolated)):
+            links = list(alike)
+            whole = len(links) - len(links) % CHAIN
+            groups.extend(links[start : start + CHAIN] for start in range(0, whole, CHAIN))
+            groups.extend([link] for link in links[whole:])
+        chain.clear()
 
     extrapolate_for(result_nodes(capture))
     for region in (region for region in parts.regions if region in live):
