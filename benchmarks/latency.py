@@ -1,11 +1,11 @@
 """Speed beside ``torch.compile``, as ratios within one run: ``python -m benchmarks.latency``.
 
 For each reference denoiser: eager, ``torch.compile`` of the original, the all-ones mask, and published masks under both reuse
-rules, all compiled alike, one whole sampling run's denoiser calls each, interleaved; for the DiT also diffusers' TaylorSeer
-hook, which cannot be compiled whole and runs as it is. The realised share is (speed-up over the compiled original) / (MACs
-before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added. What the linear rule
-costs is measured step against step: one that extrapolates beside the same one that holds, as a share of a step of the compiled
-original.
+rules, put together from compiled regions, and two of them compiled as whole graphs, all compiled alike; one whole sampling
+run's denoiser calls each, interleaved. For the DiT also diffusers' TaylorSeer hook, which cannot be compiled whole and runs as
+it is. The realised share is (speed-up over the compiled original) / (MACs before / MACs after): 1 means that every MAC the mask
+removes is time saved, less that something was added. What the linear rule costs is measured step against step: one that
+extrapolates beside the same one that holds, as a share of a step of the compiled original.
 """
 
 from __future__ import annotations
@@ -61,11 +61,16 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
     chosen = choices(name, rules=("hold", "linear"))
     masks = {"all ones": mc.Mask.full(program.names, t.timesteps)}
     masks |= {f"{choice.label}, {choice.reuse}": choice.mask(program, t) for choice in chosen}
+    whole = {f"{label}, whole graphs": masks[label] for label in ("all ones", "uniform(interval=2), linear")}
     fast = mc.optimize(t.denoiser, masks["all ones"], backend=backend)
+    fast_whole = mc.optimize(t.denoiser, masks["all ones"], backend=backend, regions=False)
     variants = {"eager": t.denoiser, "torch.compile": torch.compile(t.denoiser, fullgraph=True, dynamic=False, backend=backend)}
-    variants |= dict.fromkeys(masks, fast)
+    variants |= dict.fromkeys(masks, fast) | dict.fromkeys(whole, fast_whole)
     runs = {label: run_of(t, denoiser, batch) for label, denoiser in variants.items()}
-    prepare: dict[str, Callable[[], Any]] = {label: partial(take_mask, fast, mask, t, batch) for label, mask in masks.items()}
+    masks |= whole
+    prepare: dict[str, Callable[[], Any]] = {
+        label: partial(take_mask, fast_whole if label in whole else fast, mask, t, batch) for label, mask in masks.items()
+    }
     if name == "dit":
         for interval, order in product((2, 3, 4), (1, 2)):
             hooked = taylorseer.hooked(load(name)[0], interval, order)

@@ -85,7 +85,12 @@ def link(capture: Capture, key: GraphKey, regions: Sequence[Region], compiled: C
         weights = tuple(value_of(node, capture) for node in region.weights)
         outputs = tuple(places[node] for node in region.outputs)
         unfinished.append(_Call(compiled(region), weights, tuple(inputs), outputs, ()))
-    results = tuple(places[node] for node in (*result_nodes(capture), *(capture.marks[slot] for slot in key.stores)))
+    wanted = [*result_nodes(capture), *(capture.marks[slot] for slot in key.stores)]
+    for node in wanted:
+        if node.op == "get_attr" and node not in places:  # a denoiser that returns a weight
+            places[node], size = size, size + 1
+            unfinished.append(_Call(lambda weight: (weight,), (value_of(node, capture),), (), (places[node],), ()))
+    results = tuple(places[node] for node in wanted)
     calls: list[_Call] = []
     read_later = set(results)
     for call in reversed(unfinished):

@@ -1,4 +1,4 @@
-"""Pass 6b: fewer graphs. Rows of a mask merged upwards, until all plans of a run share a given number of graphs.
+"""Fewer graphs, between passes 6 and 7: rows of a mask merged upwards, until all plans of a run share a given number of graphs.
 
 A merged row computes what any of its rows computes, never less; reused outputs are the fresher for it. Rows are merged two at a
 time, each time the two that add the fewest multiply-accumulates over the run.

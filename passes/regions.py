@@ -149,7 +149,7 @@ def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Re
 
 def renames(region: Region) -> bool:
     """Whether a region only gives another name to a tensor: a block that returns what a block within it returned."""
-    return bool(region.nodes) and all(node.target is MARK for node in region.nodes)
+    return bool(region.nodes) and not region.weights and all(node.target is MARK for node in region.nodes)
 
 
 def region_graph(region: Region, capture: Capture) -> GraphModule:

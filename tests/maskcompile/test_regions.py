@@ -217,3 +217,22 @@ def test_a_region_that_returns_two_tensors():
             fast(latents(step), torch.tensor(t)), executor.step(step, latents(step), torch.tensor(t)), strict=True
         ):
             assert torch.equal(ours, theirs)
+
+
+def test_a_denoiser_that_returns_a_weight_and_its_input():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+            self.b = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, sample, timestep):
+            return self.b(sample), self.weight, sample
+
+    model = Plain().eval()
+    fast = mc.optimize(model, mc.Mask([[True], [False]], blocks=["b"], timesteps=[2, 1]), backend="eager", regions=True)
+    executor = Executor(model, ["b"], [[True], [False]])
+    for step, t in enumerate((2, 1)):
+        x = latents(step)
+        for ours, theirs in zip(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t)), strict=True):
+            assert torch.equal(ours, theirs)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import maskcompile as mc
-from maskcompile import runtime
+from maskcompile import steps as executing
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
 from tests.toys import Chain
@@ -516,7 +516,7 @@ def test_calls_that_fail_leave_the_run_as_it_was(failing, monkeypatch):
             fast(torch.randn(2, 9), torch.tensor(500))
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(runtime._Graph, "__call__", lambda self, *tensors: (_ for _ in ()).throw(MemoryError()))
+            patch.setattr(executing.Graph, "__call__", lambda self, *tensors: (_ for _ in ()).throw(MemoryError()))
             with pytest.raises(MemoryError):
                 fast(sample(2), torch.tensor(500))
     assert_follows(fast, executor, range(2, 5))
