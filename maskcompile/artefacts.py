@@ -13,6 +13,7 @@ import platform
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,7 +37,7 @@ def save_artefacts(path: str | os.PathLike[str], artefacts: Mapping[str, bytes])
             for name, content in artefacts.items():
                 archive.writestr(f"regions/{name}", content)
             for kernel in _loaded_kernels():
-                archive.write(kernel, f"kernels/{kernel.relative_to(cache_dir()).as_posix()}")
+                archive.write(kernel, f"kernels/{kernel.relative_to(os.path.realpath(cache_dir())).as_posix()}")
         os.chmod(partial, 0o644)
         os.replace(partial, target)
     except BaseException:
@@ -60,8 +61,13 @@ def load_artefacts(path: str | os.PathLike[str]) -> dict[str, bytes]:
                 name = differing[0]
                 raise ValueError(f"it was made with {name} {manifest.get(name)}, here it is {ours[name]}")
             kept = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = "it is no file of save_compiled" if isinstance(error, (zipfile.BadZipFile, KeyError)) else error
+    except (OSError, ValueError) as error:
+        reason: object = error
+    except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, NotImplementedError, EOFError):
+        reason = "it is no file of save_compiled, or damaged"
+    else:
+        reason = None
+    if reason is not None:
         warnings.warn(f"{os.fspath(path)!r} is not used, and everything compiled afresh: {reason}.", stacklevel=4)
         return {}
     regions = {}
@@ -113,7 +119,7 @@ def _assume_vector_instructions(known: str) -> None:
 def _loaded_kernels() -> list[Path]:
     """Shared libraries in Inductor's cache folder that this process has loaded; known on Linux alone."""
     maps = Path("/proc/self/maps")
-    folder = cache_dir().rstrip("/") + "/"
+    folder = os.path.realpath(cache_dir()) + "/"
     lines = maps.read_text().splitlines() if maps.exists() else []
     names = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") > 4 and line.endswith(".so") and folder in line}
     return sorted(Path(name) for name in names if name.startswith(folder) and os.path.exists(name))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import list_mode_options, standalone_compile
+from torch._inductor import config, list_mode_options, standalone_compile
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch.fx import GraphModule
 
@@ -46,7 +47,7 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
 
     Inductor is called without Dynamo, whose guards would be checked at every call and take longer than all else that one does.
     """
-    described = f"{structure(region, capture)}\n{backend!r}\n{sorted(options.items())!r}"
+    described = f"{structure(region, capture)}\n{backend!r}\n{sorted(options.items())!r}\n{_settings()}"
     key = sha256(described.encode()).hexdigest()
     if key not in _compiled:
         graph_module = region_graph(region, capture)
@@ -54,8 +55,8 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
             _compiled[key] = graph_module
         elif backend != "inductor" or not set(options) <= {"mode", "options"}:
             _compiled[key] = compile_graph(graph_module, backend, options)
-        elif key in _loadable:
-            _compiled[key] = load_artefact(_loadable[key])
+        elif (loaded := _loaded(key)) is not None:
+            _compiled[key] = loaded
         else:
             _compiled[key] = standalone_compile(
                 graph_module,
@@ -64,6 +65,28 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
                 options={"config_patches": _inductor_options(options)},
             )
     return _compiled[key]
+
+
+def _settings() -> tuple[Any, ...]:
+    """What else compiled code depends on, in torch's settings."""
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        config.get_hash().hex(),
+    )
+
+
+def _loaded(key: str) -> Executable | None:
+    """A region of a file, None where there is none, or it is damaged."""
+    if key not in _loadable:
+        return None
+    try:
+        return load_artefact(_loadable[key])
+    except Exception as error:  # of torch, which documents none
+        del _loadable[key]
+        warnings.warn(f"a region in a file of save_compiled is damaged, and compiled afresh: {error}.", stacklevel=2)
+        return None
 
 
 def save_compiled(path: str | os.PathLike[str], regions: Collection[Executable]) -> None:

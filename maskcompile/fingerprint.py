@@ -33,12 +33,12 @@ class _Same:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Modules, hooks, parameters and buffers (identity, dtype, device; not values), and Python attributes of all modules."""
+    """Modules, hooks, parameters and buffers (identity and layout, not values), and Python attributes of all modules."""
     found: dict[tuple[str, str], Any] = {}
     for path, module in model.named_modules():
         found[path, ""] = _Same(module)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            found[path, name] = None if tensor is None else (_Same(tensor), tensor.dtype, tensor.device)
+            found[path, name] = None if tensor is None else _token(tensor, 0)
         for key in _HOOKS:
             found[path, key] = _token(vars(module)[key], _DEPTH)
         for key, value in vars(module).items():
@@ -57,7 +57,7 @@ def _token(value: Any, depth: int) -> Any:
     if isinstance(value, _SCALARS):
         return value
     if isinstance(value, Tensor):
-        return (_Same(value), value.dtype, value.device)
+        return (_Same(value), value.dtype, value.device, value.shape, value.stride() if value.layout == torch.strided else None)
     if depth and isinstance(value, dict):
         return [(_token(k, 0), _token(v, depth - 1)) for k, v in value.items()]
     if depth and isinstance(value, (list, tuple)):

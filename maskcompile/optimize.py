@@ -34,7 +34,8 @@ def optimize(
     backend: "inductor", "eager" (the fx graphs as they are), or any backend of torch.compile.
     timestep: the name of the forward parameter that carries the timestep, where it is not a usual one.
     regions: compile the regions of the denoiser (see ``passes.regions``), each once, and put every graph together from them;
-    or, where False, each graph as a whole. The default is True, but for the backend "eager".
+    or, where False, each graph as a whole. The default is True, but for the backend "eager" and mode "reduce-overhead". A
+    denoiser that passes anything but tensors between its operations is compiled as a whole.
     max_graphs: how many graphs a run may need. Rows of the mask are merged upwards until they need no more, so that some steps
     compute blocks that the mask would reuse; the report says what that costs. Runs that do not start at the first step of the
     mask may need others.
@@ -63,7 +64,8 @@ def optimize(
         raise ValueError(f"a run needs at least one graph; got max_graphs={max_graphs}.")
     if compiled is not None:
         load_compiled(compiled)
-    regions = backend != "eager" if regions is None else regions
+    if regions is None:  # the buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region
+        regions = backend != "eager" and compile_options.get("mode") != "reduce-overhead"
     return OptimizedDenoiser(
         model, mask, backend=backend, timestep=timestep, regions=regions, max_graphs=max_graphs, options=compile_options
     )

@@ -11,14 +11,16 @@ computed. So does a run that skips steps, changes its input shapes, or was not a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from maskcompile.mask import Mask
 from maskcompile.signature import Key
+from maskcompile.steps import Schedule
 
 #: Trajectories at one timestep before further calls are taken for new runs (somebody timing one step in a loop).
 MOST_TRAJECTORIES = 8
@@ -29,18 +31,17 @@ MOST_TIMESTEPS = 10_000
 
 @dataclass(frozen=True)
 class Source:
-    """A scheduler's tensor of timesteps: its memory, where that is, and its values as they were at its ``version``.
+    """A scheduler's tensor of timesteps: its memory, and where that is.
 
-    version: counts changes in place; None where torch does not count them, under ``torch.inference_mode``.
-
-    Read once a run, so that the timesteps of a run that are elements of it need not be read from a device one by one, which
-    would wait for all that is queued there.
+    values: on a CPU, that memory itself as numpy sees it, None for dtypes that numpy does not have. On other devices a copy,
+    read once a run: to read timesteps one by one would wait each time for all that is queued there. version: of the copy;
+    torch counts changes in place, but under ``torch.inference_mode``, where it is None and the tensor is trusted to stay.
     """
 
     storage: torch.UntypedStorage
     pointer: int
     version: int | None
-    values: tuple[float, ...]
+    values: NDArray[Any] | None
 
 
 class Where(NamedTuple):
@@ -59,14 +60,12 @@ class Where(NamedTuple):
 class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
-    key: of the capture. start, leading: which schedule it follows (its first step, and whether a full step comes before).
-    position: plans of the schedule executed so far. next_step: the mask's step that continues it. cache: see
-    ``maskcompile.steps``.
+    key: of the capture. schedule: that it follows. position: plans of it executed so far. next_step: the mask's step that
+    continues it. cache: see ``maskcompile.steps``.
     """
 
     key: Key
-    start: int
-    leading: bool
+    schedule: Schedule
     position: int
     next_step: int
     cache: tuple[Tensor, ...]
@@ -116,8 +115,8 @@ def locate(clock: Clock, timestep: Tensor, last: Where | None) -> Where:
     A timestep matches the nearest one of the mask within the rounding of its dtype (pipelines scale and cast timesteps).
     """
     source = _source(timestep, last.source if last is not None else None)
-    if source is not None and (source.version is not None or not timestep.is_cpu):
-        value = source.values[timestep.storage_offset()]
+    if source is not None and source.values is not None:
+        value = float(source.values[timestep.storage_offset()])
     elif timestep.numel() == 1:
         value = float(timestep.item())
     else:
@@ -173,12 +172,15 @@ def _source(timestep: Tensor, last: Source | None) -> Source | None:
     if any(timestep.stride()):
         return None
     storage = timestep.untyped_storage()
-    version = None if timestep.is_inference() else timestep._version
+    version = None if timestep.is_cpu or timestep.is_inference() else timestep._version
     if last is not None and storage.data_ptr() == last.pointer and version == last.version:
         return last
     if not 2 <= storage.nbytes() // timestep.element_size() <= MOST_TIMESTEPS:
         return None
-    values = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage).tolist()
-    if values[0] == values[1]:
+    whole = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage)
+    first, second = whole[:2].tolist()
+    if first == second:
         return None
-    return Source(storage, storage.data_ptr(), version, tuple(map(float, values)))
+    numeric = timestep.dtype is not torch.bfloat16
+    values = whole.numpy() if timestep.is_cpu and numeric else None if timestep.is_cpu else np.asarray(whole.tolist())
+    return Source(storage, storage.data_ptr(), version, values)

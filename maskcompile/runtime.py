@@ -38,22 +38,29 @@ from passes.capture import Capture, CaptureError, Slot, capture, composite_modul
 from passes.dependencies import Slots, result_nodes, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
-from passes.regions import Partition, Region, partition, select_regions
+from passes.regions import Partition, Region, divisible, partition, select_regions
 from passes.specialise import coefficients_like, specialise
+
+#: Held while anything is captured or compiled: torch does either in one thread at a time.
+_MAKING = threading.RLock()
+
+#: Scheduler tensors whose last calling thread is remembered.
+MOST_CALLERS = 64
 
 
 @dataclass
 class _Captured:
     """A denoiser captured at one input signature, with the graphs made of it so far.
 
-    assemble: see ``_assembler``. partitions: into regions, for the blocks of a mask. compiled: the regions that
-    the graphs consist of, by content.
+    assemble: see ``_assembler``. divided: whether graphs are made of regions. partitions: into regions, for the blocks of a
+    mask. compiled: the regions that the graphs consist of, by content.
     """
 
     capture: Capture
     described: str
     seconds: float
     assemble: Callable[[Sequence[Tensor]], Any]
+    divided: bool
     graphs: dict[GraphKey, Graph] = field(default_factory=dict)
     partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
     compiled: dict[Hashable, Executable] = field(default_factory=dict)
@@ -144,33 +151,37 @@ class OptimizedDenoiser(nn.Module):
         Raises MaskError when the mask does not fit the denoiser; the old mask then stays.
         """
         check_mask(mask, self.original)
-        marked = {*composite_modules(self.original), *self._marked}
-        if not marked.issuperset(mask.blocks):  # a leaf module, which captures so far did not mark
-            self._captures.clear()
-            self._marked = marked | set(mask.blocks)
-        self._mask = mask
-        self._clock = Clock(mask)
-        self._schedules: dict[tuple[Key, int, bool], Schedule] = {}
-        self._slots: dict[Key, Slots] = {}
-        self._merged: dict[Key, NDArray[np.bool_]] = {}
-        self._shared: dict[Key, dict[GraphKey, GraphKey]] = {}
-        self._recaptures = 0
-        self._forget_runs()
-        self._counts = _Counts()
+        with self._lock:
+            marked = {*composite_modules(self.original), *self._marked}
+            if not marked.issuperset(mask.blocks):  # a leaf module, which captures so far did not mark
+                self._captures.clear()
+                self._marked = marked | set(mask.blocks)
+            self._mask = mask
+            self._clock = Clock(mask)
+            self._schedules: dict[tuple[Key, int, bool], Schedule] = {}
+            self._slots: dict[Key, Slots] = {}
+            self._merged: dict[Key, NDArray[np.bool_]] = {}
+            self._shared: dict[Key, dict[GraphKey, GraphKey]] = {}
+            self._recaptures = 0
+            self._forget_runs()
+            self._counts = _Counts()
 
     def forget_graphs(self, most: int) -> None:
         """Let go of the specialised graphs of a capture that has made more than ``most``; they are made again when needed."""
-        for captured in self._captures.values():
-            if len(captured.graphs) > most:
-                captured.graphs.clear()
-                self._schedules.clear()
+        with self._lock:
+            for captured in self._captures.values():
+                if len(captured.graphs) > most:
+                    captured.graphs.clear()
+                    captured.compiled.clear()
+                    self._schedules.clear()
 
     def reset(self) -> None:
-        """Forget the run in progress in this thread; the next call starts a new one."""
-        self._threads.own.runs = Runs()
+        """Forget the runs in progress, in all threads; the next call starts a new one."""
+        with self._lock:
+            self._forget_runs()
 
     def _forget_runs(self) -> None:
-        """Of all threads."""
+        self._callers: dict[int | None, int] = {}
         self._in_progress: weakref.WeakSet[_Trajectories] = weakref.WeakSet()
         self._threads = _Threads(self._in_progress)
 
@@ -198,40 +209,51 @@ class OptimizedDenoiser(nn.Module):
             return self._execute(call, call.timestep, args, kwargs)
 
     def _execute(self, call: Bound, timestep: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        own = self._threads.own
         with self._lock:
+            own = self._threads.own
             where = locate(self._clock, timestep, own.runs.last)
-            runs = advance(own.runs, where)
+            before = own.runs if self._may_go_on(where) else Runs()
+            runs = advance(before, where)
             trajectory = current(runs, call.key)
             if trajectory is None:
-                if self._check_weights():
-                    own = self._threads.own
-                    runs = advance(Runs(), where)
-                if call.key not in self._captures:
-                    self._captures[call.key] = self._capture(self._bind.bind(args, kwargs))
-                trajectory = self._begin(call.key, where)
-            schedule = self._schedule(trajectory.key, trajectory.start, trajectory.leading)
-            captured = self._captures[call.key]
+                with _MAKING:
+                    if self._check_weights():
+                        own, runs = self._threads.own, advance(Runs(), where)
+                    if call.key not in self._captures:
+                        self._captures[call.key] = self._capture(self._bind.bind(args, kwargs))
+                    trajectory = self._begin(call.key, where)
+            schedule = trajectory.schedule
             step = schedule.steps.get(trajectory.position)
-            if step is None:
-                step = schedule.step(trajectory.position, partial(self._graph, captured))
-            # The first call of a graph compiles.
-            outputs, cache = step(call.tensors, trajectory.cache) if not step.graph.called else (None, ())
+            outputs: Sequence[Tensor] | None = None
+            if step is None or not step.graph.called:
+                with _MAKING:  # the first call of a graph compiles
+                    step = schedule.step(trajectory.position)
+                    outputs, cache = step(call.tensors, trajectory.cache)
         if outputs is None:
             outputs, cache = step(call.tensors, trajectory.cache)
         self._count(runs, where, step.reuses)
         next_step = trajectory.next_step if where.step is None else where.step + 1
-        own.runs = commit(
-            runs, Trajectory(call.key, trajectory.start, trajectory.leading, trajectory.position + 1, next_step, cache)
-        )
-        return captured.assemble(outputs[: step.graph.results])
+        own.runs = commit(runs, Trajectory(call.key, schedule, trajectory.position + 1, next_step, cache))
+        return schedule.assemble(outputs[: step.graph.results])
+
+    def _may_go_on(self, where: Where) -> bool:
+        """Whether a run of this thread can be the one that the call belongs to.
+
+        Not if another thread has called since with the same scheduler's tensor, or likewise without one: a run that moves from
+        thread to thread looks like several. It starts over with every move then, and computes what it lacks.
+        """
+        source = None if where.source is None else where.source.pointer
+        thread = threading.get_ident()
+        last = self._callers.pop(source, thread)
+        self._callers[source] = thread
+        if len(self._callers) > MOST_CALLERS:
+            del self._callers[next(iter(self._callers))]
+        return last == thread
 
     def _begin(self, key: Key, where: Where) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache."""
-        if where.step is not None:
-            return Trajectory(key, where.step, False, 0, where.step, ())
-        following = self._clock.following(where.order)
-        return Trajectory(key, following, True, 0, following, ())
+        start = self._clock.following(where.order) if where.step is None else where.step
+        return Trajectory(key, self._schedule(key, start, leading=where.step is None), 0, start, ())
 
     def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
@@ -277,7 +299,9 @@ class OptimizedDenoiser(nn.Module):
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)
         self._volatile |= changes(before, self._fingerprint)
-        return _Captured(captured, describe(call), time.perf_counter() - start, _assembler(captured))
+        return _Captured(
+            captured, describe(call), time.perf_counter() - start, _assembler(captured), self._regions and divisible(captured)
+        )
 
     def _check_weights(self) -> bool:
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
@@ -307,7 +331,10 @@ class OptimizedDenoiser(nn.Module):
             plan = plan_merged if merged else plan_run
             plans = plan(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
             self._shared[key] = share_graphs(plans, self._shared.get(key, {}))
-            known = self._schedules[key, start, leading] = Schedule(plans, self._shared[key])
+            captured = self._captures[key]
+            known = self._schedules[key, start, leading] = Schedule(
+                plans, self._shared[key], partial(self._graph, captured), captured.assemble
+            )
         return known
 
     def _compute(self, key: Key) -> NDArray[np.bool_]:
@@ -328,7 +355,7 @@ class OptimizedDenoiser(nn.Module):
             found = captured.capture
             graph = captured.graphs[key] = Graph(
                 run=self._link(captured, key)
-                if self._regions
+                if captured.divided
                 else compile_graph(specialise(found, key), self._backend, self._options),
                 weights=(*found.graph_module.parameters(), *found.graph_module.buffers()),
                 coefficients=coefficients_like(found, key),
@@ -361,7 +388,7 @@ class OptimizedDenoiser(nn.Module):
         """
         call = self._bind.bind(args, kwargs)
         self.reset()
-        with torch.no_grad(), self._lock:
+        with torch.no_grad(), self._lock, _MAKING:
             self._check_weights()
             if call.key not in self._captures:
                 self._captures[call.key] = self._capture(call)
@@ -372,8 +399,8 @@ class OptimizedDenoiser(nn.Module):
                 first.setdefault(schedule.graphs[plan.key], position)
             examples: dict[Slot, Tensor] = {}  # a slot is stored before it is read
             for key, position in tqdm(first.items(), desc="compiling graphs", delay=2, leave=False, disable=None):
-                step = schedule.step(position, partial(self._graph, captured))
-                if self._regions and self._backend == "inductor":
+                step = schedule.step(position)
+                if captured.divided and self._backend == "inductor":
                     continue  # compiled already; other graphs are when they are called
                 # Tensors of their own, as in a run: torch.compile specialises on inputs that are the same tensor.
                 cached = [examples[version.slot].clone() for version in schedule.plans[position].inputs]
@@ -415,7 +442,7 @@ class OptimizedDenoiser(nn.Module):
                     held_cache_bytes=max(plan.held_bytes for plan in held),
                     extrapolated=sum(slots.numel(slot) for plan in plans for slot, entering in plan.key.reads if entering == 2),
                     graphs=len({schedule.graphs[plan.key] for plan in plans}),
-                    regions=len(set(captured.compiled.values())) if self._regions else None,
+                    regions=len(set(captured.compiled.values())) if captured.divided else None,
                     capture_seconds=captured.seconds,
                     compile_seconds=tuple(graph.seconds for graph in captured.graphs.values()),
                 )
@@ -437,7 +464,8 @@ class OptimizedDenoiser(nn.Module):
     @property
     def cache_bytes(self) -> int:
         """Bytes that the runs in progress hold at this moment."""
-        runs = [own.runs for own in self._in_progress]
+        with self._lock:
+            runs = [own.runs for own in self._in_progress]
         return sum(t.untyped_storage().nbytes() for r in runs for trajectory in r.trajectories for t in trajectory.cache)
 
     # ---- looking like the original --------------------------------------------------------------------------------------
@@ -462,13 +490,15 @@ class OptimizedDenoiser(nn.Module):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:
-        self.original.to(*args, **kwargs)
-        self._check_weights()
+        with self._lock:
+            self.original.to(*args, **kwargs)
+            self._check_weights()
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedDenoiser:
-        self.original._apply(fn, recurse)
-        self._check_weights()
+        with self._lock:
+            self.original._apply(fn, recurse)
+            self._check_weights()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedDenoiser:

@@ -116,9 +116,10 @@ class Binder:
             if (bound := like.bind(args, kwargs)) is not None:
                 return bound
         call = self.bind(args, kwargs)
-        new = _Like.of(args, kwargs, call.key, self._place(args, kwargs))
-        if new is not None:
-            self.likes = [new, *self.likes[: MOST_LIKES - 1]]
+        if call.timestep is not None:
+            new = _Like.of(args, kwargs, call.key, self._place(args, kwargs), call.timestep.device)
+            if new is not None:
+                self.likes = [new, *self.likes[: MOST_LIKES - 1]]
         return Bound(call.tensors, call.key, call.timestep)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -155,12 +156,12 @@ class _Like:
     timestep: int | None
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any], key: Key, timestep: int | None) -> _Like | None:
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], key: Key, timestep: int | None, device: torch.device) -> _Like | None:
         """None for arguments that only ``bind`` understands."""
         values = [*args, *kwargs.values()]
         checks, ranges, count = [], [], 0
         for place, value in enumerate(values):
-            check = _like(value, values, place == timestep)
+            check = _like(value, device if place == timestep else None)
             found: list[Tensor] = []
             if check is None or not check(value, found):
                 return None
@@ -189,15 +190,15 @@ class _Like:
         return Bound(tuple(tensors), self.key, timestep)
 
 
-def _like(value: Any, beside: Sequence[Any], timestep: bool) -> _Check | None:
-    """A check of what is like ``value``, one of the arguments ``beside``; None where there is no quick one."""
+def _like(value: Any, device: torch.device | None = None) -> _Check | None:
+    """A check of what is like ``value``; None where there is no quick one. device: where the value is the timestep, its."""
     if type(value) is Tensor:
-        shape, stride, dtype, device, dense = value.shape, value.stride(), value.dtype, value.device, _dense(value) is value
+        shape, stride, dtype, place, dense = value.shape, value.stride(), value.dtype, value.device, _dense(value) is value
 
         def tensor(given: Any, found: list[Tensor]) -> bool:
             if type(given) is not Tensor or given.shape != shape or given.dtype is not dtype:
                 return False
-            if given.device != device or given.stride() != stride:
+            if given.device != place or given.stride() != stride:
                 return False
             found.append(given if dense else given.contiguous())
             return True
@@ -205,13 +206,11 @@ def _like(value: Any, beside: Sequence[Any], timestep: bool) -> _Check | None:
         return tensor
     if isinstance(value, Tensor):
         return None
-    if timestep and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return _like_timestep(
-            value, next((leaf.device for leaf in pytree.tree_leaves(beside) if isinstance(leaf, Tensor)), None)
-        )
+    if device is not None and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return _like_timestep(value, device)
     if type(value) in (list, tuple, dict):
         keys = list(value) if isinstance(value, dict) else None
-        parts = [_like(part, beside, False) for part in (value.values() if isinstance(value, dict) else value)]
+        parts = [_like(part) for part in (value.values() if isinstance(value, dict) else value)]
         if None in parts:
             return None
         kind, checks = type(value), cast(list[_Check], parts)
@@ -228,7 +227,7 @@ def _like(value: Any, beside: Sequence[Any], timestep: bool) -> _Check | None:
     return None
 
 
-def _like_timestep(value: Any, device: torch.device | None) -> _Check | None:
+def _like_timestep(value: Any, device: torch.device) -> _Check | None:
     """A number for a timestep: any whole one of its type is like it, for ``bind`` makes tensors of them."""
     kind, whole = type(value), isinstance(value, numbers.Integral)
     if not float(value).is_integer():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,21 +73,24 @@ class Step:
 class Schedule:
     """The plans of a run under a mask, from some step on, and what executes them as far as it has been made.
 
-    coefficients: as the graphs take them, made once, so that nothing is copied to a device at every step.
+    graphs: which graph executes a plan's. graph: makes one. assemble: the denoiser's result of its tensors. coefficients: as
+    the graphs take them, made once, so that nothing is copied to a device at every step.
     """
 
     plans: list[Plan]
     graphs: Mapping[GraphKey, GraphKey]
+    graph: Callable[[GraphKey], Graph]
+    assemble: Callable[[Sequence[Tensor]], Any]
     steps: dict[int, Step] = field(default_factory=dict)
     coefficients: dict[tuple[torch.dtype, tuple[float, ...]], tuple[Tensor]] = field(default_factory=dict)
 
-    def step(self, position: int, graph: Callable[[GraphKey], Graph]) -> Step:
+    def step(self, position: int) -> Step:
         """The plan at ``position``, with its graph made where it is the first that needs it."""
         step = self.steps.get(position)
         if step is None:
             plan = self.plans[position]
             key = self.graphs[plan.key]
-            step = self.steps[position] = _step(plan, position, self.held(position - 1), key, graph(key), self)
+            step = self.steps[position] = _step(plan, position, self.held(position - 1), key, self.graph(key), self)
         return step
 
     def held(self, position: int) -> tuple[Version, ...]:
@@ -97,6 +101,8 @@ class Schedule:
 def _step(plan: Plan, position: int, before: tuple[Version, ...], key: GraphKey, graph: Graph, schedule: Schedule) -> Step:
     places = {version: place for place, version in enumerate(before)}
     take = _pick([places[version] for version in plan.inputs])
+    if len(set(plan.inputs)) < len(plan.inputs):
+        take = _distinct(take)
     # A shared graph may return more than this plan stores; that is not the run's to keep.
     stored = {Version(slot, position): len(before) + graph.results + place for place, slot in enumerate(key.stores)}
     keep = _pick([(places | stored)[version] for version in schedule.held(position)])
@@ -107,6 +113,16 @@ def _pick(places: Sequence[int]) -> Pick:
     if len(places) > 1:
         return itemgetter(*places)
     return (lambda values: (values[places[0]],)) if places else (lambda values: ())
+
+
+def _distinct(take: Pick) -> Pick:
+    """A tensor that is taken twice as two, for torch.compile specialises on inputs that are the same one."""
+
+    def taken(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        tensors = take(values)
+        return tuple(t.detach() if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors))
+
+    return taken
 
 
 def _coefficients(schedule: Schedule, graph: Graph, plan: Plan) -> tuple[Tensor, ...]:

@@ -174,10 +174,15 @@ def region_graph(region: Region, capture: Capture) -> GraphModule:
             copies[node] = extrapolate(graph, (copies[node], enter(value)), enter(scalar_like(value)))
     for node in region.nodes:
         copies[node] = copies[_marked(node)] if node.target is MARK else graph.node_copy(node, copies.__getitem__)
-    outputs = tuple(copies[node] for node in region.outputs)
-    for node in outputs:
-        node.meta["example_value"] = node.meta.get("val")  # where Inductor looks for the fake mode
-    graph.output(outputs)
+    outputs = []
+    for node in region.outputs:
+        value, copy = value_of(node, capture), copies[node]
+        if copy.meta["val"].stride() != value.stride():
+            copy = graph.call_function(torch.ops.aten.clone.default, (copy,))
+            copy.meta["val"] = value
+        copy.meta["example_value"] = copy.meta["val"]  # where Inductor looks for the fake mode
+        outputs.append(copy)
+    graph.output(tuple(outputs))
     return GraphModule(torch.nn.Module(), graph, class_name="Region")
 
 
@@ -205,13 +210,34 @@ def structure(region: Region, capture: Capture) -> str:
 
 
 def value_of(node: Node, capture: Capture) -> Tensor:
-    """A tensor like that of a node: a fake one, or the weight itself."""
-    value: Any = node.meta.get("val")
+    """A tensor like that of a node where it leaves or enters a region: a fake one, or the weight itself.
+
+    Dense: a region clones what is a part of a larger tensor, or repeats one, as does whoever stores it.
+    """
     if node.op == "get_attr":
-        value = capture.graph_module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = _attribute(node, capture)
+        assert isinstance(value, Tensor)
+        return value
+    value = node.meta["val"]
     assert isinstance(value, Tensor)
+    return value if node.op == "placeholder" else torch.empty_like(value)
+
+
+def divisible(capture: Capture) -> bool:
+    """Whether a capture can be divided into regions: nothing but tensors passes between its operations."""
+    for node in capture.graph_module.graph.nodes:
+        value = _attribute(node, capture) if node.op == "get_attr" else node.meta.get("val")
+        if node.op in ("call_function", "get_attr"):
+            parts = value if isinstance(value, (tuple, list)) else [value]
+            if not all(isinstance(part, Tensor) for part in parts):
+                return False
+    return True
+
+
+def _attribute(node: Node, capture: Capture) -> Any:
+    value: Any = capture.graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
     return value
 
 

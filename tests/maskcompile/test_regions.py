@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 import maskcompile as mc
+from maskcompile import artefacts, runtime
 from maskcompile import compile as compiling
-from tests.denoisers import denoiser, tensors_of
+from passes.regions import region_graph, value_of
+from tests.denoisers import TINY, denoiser, tensors_of
 from tests.executor import Executor
 from tests.toys import Chain
 
@@ -126,6 +129,121 @@ def test_max_graphs(regions):
             assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="got max_graphs=0"):
         mc.optimize(case.model, mask, max_graphs=0)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_regions_get_what_they_were_compiled_for(name, monkeypatch):
+    """Shapes, strides and dtypes: a compiler takes those of the captured graph for granted."""
+
+    def checked(region, capture, backend, options):
+        graph = region_graph(region, capture)
+        likes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        (returned,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+
+        def strides(tensor):
+            return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+        def run(*tensors):
+            results = graph(*tensors)
+            promised = [value_of(node, capture) for node in region.outputs]
+            for tensor, like in zip((*tensors, *results), (*likes, *promised), strict=True):
+                assert (tensor.shape, strides(tensor), tensor.dtype) == (like.shape, strides(like), like.dtype)
+            return results
+
+        assert len(returned) == len(region.outputs)
+        return run
+
+    monkeypatch.setattr(runtime, "compile_region", checked)
+    case = denoiser(name)
+    args, kwargs = case.inputs(case.batch, TIMESTEPS[0], 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    for reuse in ("hold", "linear"):
+        for mask in masks(program, 4, reuse):
+            fast = mc.optimize(case.model, mask, backend="eager", regions=True)
+            for step, t in enumerate(TIMESTEPS):
+                args, kwargs = case.inputs(case.batch, t, step)
+                fast(*args, **kwargs)
+            assert fast.report().reusing_calls > 0
+
+
+class Slice(nn.Module):
+    """Blocks that return a part of a larger tensor, one tensor repeated, and one of another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Linear(4, 8)), nn.Linear(4, 4)
+
+        class Part(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                return self.inner(x)[:, :4], x[:, :1].expand(-1, 4), x.double() * 2
+
+        self.part = Part(self.a)
+
+    def forward(self, sample, timestep):
+        part, repeated, double = self.part(sample)
+        return self.b(part + repeated) + double.float() * timestep
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_parts_and_repetitions_and_two_precisions(regions):
+    torch.manual_seed(0)
+    model = Slice().eval()
+    compute = [[True], [False], [True], [False], [False]]
+    mask = mc.Mask(compute, blocks=["part"], timesteps=TIMESTEPS, reuse="linear")
+    executor = Executor(model, ["part"], compute, 1)
+    fast = mc.optimize(model, mask, backend="inductor" if regions else "eager", regions=regions)
+    for step, t in enumerate(TIMESTEPS):
+        x = latents(step)
+        torch.testing.assert_close(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t)))
+
+
+def test_what_cannot_be_divided_is_compiled_whole():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, sample, timestep):
+            return self.b(sample) * timestep.item()
+
+    model = Reading().eval()
+    mask = mc.Mask([[True], [False]], blocks=["b"], timesteps=[2, 1])
+    fast = mc.optimize(model, mask, backend="eager", regions=True)
+    executor = Executor(model, ["b"], mask.compute)
+    for step, t in enumerate((2, 1)):
+        assert torch.equal(fast(latents(step), torch.tensor(t)), executor.step(step, latents(step), torch.tensor(t)))
+    assert fast.report().signatures[0].regions is None
+
+
+def test_weights_of_another_layout_are_another_capture():
+    model = denoiser("unet2d").model
+    case = denoiser("unet2d")
+    args, kwargs = case.inputs(2, 901, 0)
+    fast = mc.optimize(copy.deepcopy(model), mc.Mask.full(["mid_block.resnets.0"], TIMESTEPS), backend="eager", regions=True)
+    fast(*args, **kwargs)
+    fast.to(memory_format=torch.channels_last)
+    fast(*args, **kwargs)
+    assert fast.report().recaptures == 1
+
+
+def test_a_damaged_file_is_left_aside(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    artefacts.save_artefacts(path, {"0" * 64: b"what torch made"})
+    assert artefacts.load_artefacts(path) == {"0" * 64: b"what torch made"}
+    whole = path.read_bytes()
+    for place in range(40, len(whole) - 200, 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert set(artefacts.load_artefacts(path)) <= {"0" * 64} or caught
+    monkeypatch.setattr(compiling, "_loadable", {"k": b"junk"})
+    with pytest.warns(UserWarning, match="damaged, and compiled afresh"):
+        assert compiling._loaded("k") is None
+    assert compiling._loaded("k") is None
 
 
 CHILD = """

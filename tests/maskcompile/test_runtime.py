@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 import maskcompile as mc
+from maskcompile import runtime
 from maskcompile import steps as executing
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
@@ -703,20 +705,28 @@ def test_timesteps_changed_in_place_are_read_again():
         assert torch.equal(fast(x, timesteps[2]), executor.step(step, x, torch.tensor(t)))
 
 
-def test_threads_have_runs_of_their_own():
-    """Four threads in step with each other, each half way through a run of its own with other noise."""
+@pytest.mark.parametrize("schedulers", [True, False])
+def test_threads_never_mix_their_runs(schedulers):
+    """Four threads in step with each other, each half way through a run of its own with other noise.
+
+    With the tensor of a scheduler each goes on with its run; without, no call tells whose it is, and all is computed.
+    """
     model, compute, fast = make(5)
     together = threading.Barrier(4)
     failed = []
 
     def run(number: int) -> None:
         try:
+            own = copy.deepcopy(model)
             for round_ in range(3):
-                executor = truth(copy.deepcopy(model), compute)
-                for step, t in enumerate(TIMESTEPS):
+                executor = truth(own, compute)
+                timesteps = torch.tensor(TIMESTEPS)
+                for step, t in enumerate(timesteps):
                     together.wait(60)
                     x = sample(100 * number + 10 * round_ + step)
-                    if not torch.equal(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t))):
+                    ours = fast(x, t if schedulers else t.clone())
+                    theirs = executor.step(step, x, t)
+                    if not torch.equal(ours, theirs) and (schedulers or not torch.equal(ours, own(x, t))):
                         failed.append((number, round_, step))
         except BaseException as error:
             failed.append(error)
@@ -724,13 +734,86 @@ def test_threads_have_runs_of_their_own():
             raise
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with torch.no_grad():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert not failed
     assert fast.report().calls == 4 * 3 * len(TIMESTEPS)
+    alone = make(5)[2]
+    assert_follows(alone, truth(model, compute), range(5))
+    assert fast.report().reusing_calls == (4 * 3 * alone.report().reusing_calls if schedulers else 0)
     assert len(fast._captures) == 1
+
+
+def test_a_run_that_moves_between_threads_is_never_another():
+    """As in a server's thread pool: run 1 leaves thread A after two steps, run 2 comes to A at the third."""
+    model, compute, fast = make(5, density=0.2)
+    pool = {name: ThreadPoolExecutor(1) for name in "AB"}
+
+    def call(name: str, seed: int, step: int) -> torch.Tensor:
+        return pool[name].submit(fast, sample(seed), torch.tensor(TIMESTEPS[step])).result()
+
+    for step, name in enumerate("AABBB"):
+        call(name, step, step)
+    for step, name in enumerate("BBA"):
+        ours = call(name, 10 + step, step)
+    late = truth(model, compute)
+    assert torch.equal(ours, late.step(2, sample(12), torch.tensor(TIMESTEPS[2])))  # it starts over
+
+
+def test_a_mask_set_by_another_thread_meets_no_cache_of_the_last(monkeypatch):
+    model, compute, fast = make(5, density=0.2)
+    assert_follows(fast, truth(model, compute), range(2))
+    other = fast.mask.replace(~compute)
+    locate = runtime.locate
+
+    def meanwhile(*args):
+        monkeypatch.setattr(runtime, "locate", locate)
+        thread = threading.Thread(target=fast.set_mask, args=(other,))
+        thread.start()
+        thread.join(0.5)
+        return locate(*args)
+
+    monkeypatch.setattr(runtime, "locate", meanwhile)
+    executor = truth(model, compute)
+    for step in range(3):
+        x, t = sample(step), torch.tensor(TIMESTEPS[step])
+        expected = executor.step(step, x, t)
+    assert torch.equal(fast(x, t), expected)
+
+
+def test_denoisers_of_several_threads_are_captured_one_after_another():
+    made = [make(seed) for seed in range(4)]
+    barrier = threading.Barrier(4)
+
+    def first(model, fast):
+        barrier.wait(60)
+        return torch.equal(fast(sample(0), torch.tensor(900)), model(sample(0), torch.tensor(900)))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(first, *zip(*((model, fast) for model, _, fast in made), strict=True)))
+
+
+def test_timesteps_in_memory_shared_with_numpy():
+    """torch counts no change that numpy makes."""
+    model, compute, fast = make(3)
+    executor = truth(model, compute)
+    memory = np.array([*TIMESTEPS, 0])
+    timesteps = torch.from_numpy(memory)
+    for step, t in enumerate(TIMESTEPS):
+        memory[0] = t
+        x = sample(step)
+        assert torch.equal(fast(x, timesteps[0]), executor.step(step, x, torch.tensor(t)))
+
+
+def test_a_wrong_call_is_as_wrong_the_second_time():
+    _, _, fast = make(3)
+    for wrong in (None, [torch.tensor(900)]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="without a tensor or number for 'timestep'"):
+                fast(sample(0), wrong)
 
 
 def test_calls_in_many_forms_are_one_another():
