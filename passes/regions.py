@@ -177,10 +177,9 @@ def region_graph(region: Region, capture: Capture) -> GraphModule:
     outputs = []
     for node in region.outputs:
         value, copy = value_of(node, capture), copies[node]
-        if copy.meta["val"].stride() != value.stride():
+        if node not in region.inputs and node.meta["val"].stride() != value.stride():
             copy = graph.call_function(torch.ops.aten.clone.default, (copy,))
-            copy.meta["val"] = value
-        copy.meta["example_value"] = copy.meta["val"]  # where Inductor looks for the fake mode
+        copy.meta["example_value"] = value  # where Inductor looks for the fake mode
         outputs.append(copy)
     graph.output(tuple(outputs))
     return GraphModule(torch.nn.Module(), graph, class_name="Region")
@@ -226,10 +225,9 @@ def value_of(node: Node, capture: Capture) -> Tensor:
 def divisible(capture: Capture) -> bool:
     """Whether a capture can be divided into regions: nothing but tensors passes between its operations."""
     for node in capture.graph_module.graph.nodes:
-        value = _attribute(node, capture) if node.op == "get_attr" else node.meta.get("val")
-        if node.op in ("call_function", "get_attr"):
-            parts = value if isinstance(value, (tuple, list)) else [value]
-            if not all(isinstance(part, Tensor) for part in parts):
+        if node.op in ("call_function", "get_attr") and node.users:  # the others are checks of metadata
+            value = _attribute(node, capture) if node.op == "get_attr" else node.meta.get("val")
+            if not all(isinstance(part, Tensor) for part in (value if isinstance(value, (tuple, list)) else [value])):
                 return False
     return True
 

@@ -164,6 +164,7 @@ def test_regions_get_what_they_were_compiled_for(name, monkeypatch):
                 args, kwargs = case.inputs(case.batch, t, step)
                 fast(*args, **kwargs)
             assert fast.report().reusing_calls > 0
+            assert fast.report().signatures[0].regions
 
 
 class Slice(nn.Module):
