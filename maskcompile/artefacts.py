@@ -33,7 +33,9 @@ def save_artefacts(path: str | os.PathLike[str], artefacts: Mapping[str, bytes])
     os.close(handle)
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("manifest.json", json.dumps({"format": FORMAT, **_surroundings()}, indent=1))
+            archive.writestr(
+                "manifest.json", json.dumps({"format": FORMAT, **_surroundings(), **_vector_instructions()}, indent=1)
+            )
             for name, content in artefacts.items():
                 archive.writestr(f"regions/{name}", content)
             for kernel in _loaded_kernels():
@@ -55,11 +57,11 @@ def load_artefacts(path: str | os.PathLike[str]) -> dict[str, bytes]:
             manifest = json.loads(archive.read("manifest.json"))
             if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
                 raise ValueError("its format is unknown")
-            _assume_vector_instructions(str(manifest.get("vector instructions")))
-            ours = _surroundings()
-            if differing := [name for name in ours if manifest.get(name) != ours[name]]:
-                name = differing[0]
-                raise ValueError(f"it was made with {name} {manifest.get(name)}, here it is {ours[name]}")
+            for look in (_surroundings, lambda: _vector_instructions(manifest.get("vector instructions"))):
+                ours = look()
+                if differing := [name for name in ours if manifest.get(name) != ours[name]]:
+                    name = differing[0]
+                    raise ValueError(f"it was made with {name} {manifest.get(name)}, here it is {ours[name]}")
             kept = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
     except (OSError, ValueError) as error:
         reason: object = error
@@ -103,17 +105,18 @@ def _surroundings() -> dict[str, Any]:
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "GPU": device,
         "system": platform.system(),
-        "vector instructions": str(cpu_vec_isa.pick_vec_isa()),
     }
 
 
-def _assume_vector_instructions(known: str) -> None:
-    """Spare Inductor finding out by compiling which vector instructions work here, where the processor has those ``known``."""
-    cpu_vec_isa.valid_vec_isa_list.cache_clear()
-    with config.patch({"cpp.vec_isa_ok": True}):
-        found = str(cpu_vec_isa.pick_vec_isa())
-    if found != known:
+def _vector_instructions(known: Any = None) -> dict[str, Any]:
+    """What Inductor uses of the processor. known: what worked on one like it, where Inductor need not find out by compiling."""
+    if known is not None:
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        with config.patch({"cpp.vec_isa_ok": True}):
+            if str(cpu_vec_isa.pick_vec_isa()) == known:
+                return {"vector instructions": known}
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    return {"vector instructions": str(cpu_vec_isa.pick_vec_isa())}
 
 
 def _loaded_kernels() -> list[Path]:
