@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -14,7 +13,6 @@ from passes.capture import Capture
 from passes.dependencies import result_nodes
 from passes.plan import GraphKey
 from passes.regions import Region, renames, value_of
-from passes.specialise import scalar_like
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,15 @@ class _Call:
 class Linked:
     """Executes a plan, region by region; takes and returns what a specialised graph does, see ``passes.specialise``.
 
-    size: how many values there are, the arguments first. coefficients: the dtypes of those that the last argument holds.
+    size: how many values there are, the arguments first: for each coefficient a scalar, where the whole graph takes one vector.
     """
 
     calls: tuple[_Call, ...]
     size: int
-    coefficients: tuple[torch.dtype, ...]
     results: tuple[int, ...]
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        values: list[Tensor | None] = [*arguments]
-        if self.coefficients:
-            values[-1:] = [c.to(dtype) for c, dtype in zip(arguments[-1].unbind(), self.coefficients, strict=True)]
-        values += [None] * (self.size - len(values))
+        values: list[Tensor | None] = [*arguments, *[None] * (self.size - len(arguments))]
         for call in self.calls:
             made = call.run(*[values[i] for i in call.inputs], *call.weights)
             for position, tensor in zip(call.outputs, made, strict=True):
@@ -99,5 +93,4 @@ def link(capture: Capture, key: GraphKey, regions: Sequence[Region], compiled: C
         last = {*call.inputs, *call.outputs} - read_later
         read_later |= last
         calls.append(replace(call, free=tuple(position for position in last if position >= given)))
-    dtypes = tuple(scalar_like(mark.meta["val"]).dtype for mark in twofold)
-    return Linked(tuple(calls[::-1]), size, dtypes, results)
+    return Linked(tuple(calls[::-1]), size, results)

@@ -358,7 +358,7 @@ class OptimizedDenoiser(nn.Module):
                 if captured.divided
                 else compile_graph(specialise(found, key), self._backend, self._options),
                 weights=(*found.graph_module.parameters(), *found.graph_module.buffers()),
-                coefficients=coefficients_like(found, key),
+                coefficients=coefficients_like(found, key, apart=captured.divided),
                 results=len(result_nodes(found)),
                 seconds=time.perf_counter() - start,
             )

@@ -22,14 +22,14 @@ Pick = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 class Graph:
     """A specialised graph, executable.
 
-    weights: that it may return as they are. coefficients: its last input, fake; None where it takes none. results: how many of
+    weights: that it may return as they are. coefficients: its last inputs, fake: a vector, or scalars. results: how many of
     its first outputs are the denoiser's. shared: outputs that share memory and are cloned. seconds: of making it, and of the
     first call, which compiles. Both known from then on.
     """
 
     run: Executable
     weights: tuple[Tensor, ...]
-    coefficients: Tensor | None
+    coefficients: tuple[Tensor, ...]
     results: int
     seconds: float
     called: bool = False
@@ -53,7 +53,7 @@ class Graph:
 class Step:
     """A plan that can be executed.
 
-    take: what the graph reads, of the cache before the step. coefficients: the graph's last argument, if it has one. keep: the
+    take: what the graph reads, of the cache before the step. coefficients: the graph's last arguments. keep: the
     cache after the step, of the cache before it and the outputs of the graph. reuses: whether anything is reused.
     """
 
@@ -82,7 +82,7 @@ class Schedule:
     graph: Callable[[GraphKey], Graph]
     assemble: Callable[[Sequence[Tensor]], Any]
     steps: dict[int, Step] = field(default_factory=dict)
-    coefficients: dict[tuple[torch.dtype, tuple[float, ...]], tuple[Tensor]] = field(default_factory=dict)
+    coefficients: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def step(self, position: int) -> Step:
         """The plan at ``position``, with its graph made where it is the first that needs it."""
@@ -126,15 +126,15 @@ def _distinct(take: Pick) -> Pick:
 
 
 def _coefficients(schedule: Schedule, graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
-    """The last input of the graph for this plan, none where the graph takes none."""
-    if graph.coefficients is None:
-        return ()
-    like = graph.coefficients
-    known = schedule.coefficients.get((like.dtype, plan.coefficients))
-    if known is None:
-        known = (torch.tensor(plan.coefficients, dtype=like.dtype, device=like.device),)
-        schedule.coefficients[like.dtype, plan.coefficients] = known
-    return known
+    """The last inputs of the graph for this plan."""
+    likes = graph.coefficients
+    values = [plan.coefficients] if likes and likes[0].dim() else plan.coefficients
+    key = tuple((like.dtype, like.device) for like in likes), tuple(values)
+    if key not in schedule.coefficients:
+        schedule.coefficients[key] = tuple(
+            torch.tensor(value, dtype=like.dtype, device=like.device) for value, like in zip(values, likes, strict=True)
+        )
+    return schedule.coefficients[key]
 
 
 def _shared(inputs: Sequence[Tensor], cached: Sequence[Tensor], outputs: Sequence[Tensor], results: int) -> frozenset[int]:

@@ -39,8 +39,7 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
         versions[slot] = [graph.placeholder(f"maskcompile_cached_{position}_{age}") for age in range(number)]
         for placeholder in versions[slot]:
             placeholder.meta["val"] = capture.marks[slot].meta["val"]
-    like = coefficients_like(capture, key)
-    if like is not None:
+    for like in coefficients_like(capture, key):
         coefficients = graph.placeholder("maskcompile_coefficients")  # a name that no argument of a denoiser has
         coefficients.meta["val"] = like
     indices = iter(range(len(versions)))
@@ -60,13 +59,13 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
     return GraphModule(capture.graph_module, graph, class_name="SpecialisedDenoiser")
 
 
-def coefficients_like(capture: Capture, key: GraphKey) -> Tensor | None:
-    """A fake tensor like the last input of the graph of ``key``; None where it takes no coefficients."""
-    scalars = [scalar_like(capture.marks[slot].meta["val"]) for slot, versions in key.reads if versions == 2]
-    if not scalars:
-        return None
+def coefficients_like(capture: Capture, key: GraphKey, apart: bool = False) -> tuple[Tensor, ...]:
+    """Fake tensors like the last inputs of the graph of ``key``: a vector, or scalars where ``apart``, if any."""
+    scalars = tuple(scalar_like(capture.marks[slot].meta["val"]) for slot, versions in key.reads if versions == 2)
+    if apart or not scalars:
+        return scalars
     dtype = max((scalar.dtype for scalar in scalars), key=lambda dtype: dtype.itemsize)
-    return scalars[0].new_empty(len(scalars), dtype=dtype)
+    return (scalars[0].new_empty(len(scalars), dtype=dtype),)
 
 
 def extrapolate(graph: Graph, versions: Sequence[Node], c: Node) -> Node:
