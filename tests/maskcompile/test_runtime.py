@@ -709,7 +709,8 @@ def test_timesteps_changed_in_place_are_read_again():
 def test_threads_never_mix_their_runs(schedulers):
     """Four threads in step with each other, each half way through a run of its own with other noise.
 
-    With the tensor of a scheduler each goes on with its run; without, no call tells whose it is, and all is computed.
+    With the tensor of a scheduler each goes on with its run. Without, no call tells whose it is: a thread goes on only while no
+    other has called since, and else starts over, so that its results are those of its own run begun at some step.
     """
     model, compute, fast = make(5)
     together = threading.Barrier(4)
@@ -719,14 +720,15 @@ def test_threads_never_mix_their_runs(schedulers):
         try:
             own = copy.deepcopy(model)
             for round_ in range(3):
-                executor = truth(own, compute)
+                begun = []
                 timesteps = torch.tensor(TIMESTEPS)
                 for step, t in enumerate(timesteps):
                     together.wait(60)
                     x = sample(100 * number + 10 * round_ + step)
                     ours = fast(x, t if schedulers else t.clone())
-                    theirs = executor.step(step, x, t)
-                    if not torch.equal(ours, theirs) and (schedulers or not torch.equal(ours, own(x, t))):
+                    if not step or not schedulers:
+                        begun.append(truth(own, compute))
+                    if not any([torch.equal(ours, executor.step(step, x, t)) for executor in begun]):  # all must step
                         failed.append((number, round_, step))
         except BaseException as error:
             failed.append(error)
@@ -743,7 +745,8 @@ def test_threads_never_mix_their_runs(schedulers):
     assert fast.report().calls == 4 * 3 * len(TIMESTEPS)
     alone = make(5)[2]
     assert_follows(alone, truth(model, compute), range(5))
-    assert fast.report().reusing_calls == (4 * 3 * alone.report().reusing_calls if schedulers else 0)
+    most = 4 * 3 * alone.report().reusing_calls
+    assert fast.report().reusing_calls == most if schedulers else fast.report().reusing_calls < most
     assert len(fast._captures) == 1
 
 
