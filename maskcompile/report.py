@@ -39,7 +39,8 @@ class Report:
 
     blocks, steps: of the mask. calls: since the mask was set. reusing_calls: those that reused any block. unknown_timesteps:
     calls at a timestep that the mask does not know. skips: times that a run went past steps of the mask. recaptures: times
-    that weights, modules or settings were found replaced. cache_bytes: held now.
+    that weights, modules or settings were found replaced. recorded: CUDA graphs. arena_bytes: of the inputs and caches that
+    they work on. not_recorded: why one could not be. cache_bytes: held now by runs in progress.
     """
 
     denoiser: str
@@ -52,6 +53,9 @@ class Report:
     unknown_timesteps: int
     skips: int
     recaptures: int
+    recorded: int
+    arena_bytes: int
+    not_recorded: str | None
     cache_bytes: int
 
     def __str__(self) -> str:
@@ -91,5 +95,11 @@ class Report:
             lines.append(f"  SKIPPED STEPS  {self.skips} times; the step after a skip computes every block that it needs")
         if self.recaptures:
             lines.append(f"  CAPTURED AGAIN {self.recaptures} times: weights, modules or settings had been replaced")
+        if self.recorded:
+            lines.append(
+                f"  CUDA graphs    {self.recorded} recorded, on {self.arena_bytes / 2**20:.2f} MiB of inputs and cache"
+            )
+        if self.not_recorded:
+            lines.append(f"  NOT RECORDED   as a CUDA graph: {self.not_recorded}")
         lines.append(f"  held now       {self.cache_bytes / 2**20:.2f} MiB")
         return "\n".join(lines)

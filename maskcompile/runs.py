@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskcompile.mask import Mask
+from maskcompile.replay import Lease
 from maskcompile.signature import Key
 from maskcompile.steps import Schedule
 
@@ -61,7 +62,7 @@ class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
     key: of the capture. schedule: that it follows. position: plans of it executed so far. next_step: the mask's step that
-    continues it. cache: see ``maskcompile.steps``.
+    continues it. cache: see ``maskcompile.steps``; empty for a run with a ``lease`` on memory of its own.
     """
 
     key: Key
@@ -69,6 +70,7 @@ class Trajectory(NamedTuple):
     position: int
     next_step: int
     cache: tuple[Tensor, ...]
+    lease: Lease | None = None
 
 
 class Runs(NamedTuple):
@@ -148,6 +150,8 @@ def current(runs: Runs, key: Key) -> Trajectory | None:
     assert runs.last is not None
     found = runs.trajectories[runs.calls] if runs.calls < len(runs.trajectories) else None
     if found is None or runs.last.step is None or found.next_step != runs.last.step or found.key != key:
+        return None
+    if found.lease is not None and found.lease.lost:
         return None
     return found
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,16 +30,20 @@ from maskcompile.compile import Backend, Executable, compile_graph, compile_regi
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.link import link
 from maskcompile.mask import Mask, check_blocks, check_mask
+from maskcompile.replay import MOST_ARENAS, Arena, Lease, obstacle
 from maskcompile.report import Report, SignatureReport
 from maskcompile.runs import Clock, Runs, Trajectory, Where, advance, commit, current, locate
 from maskcompile.signature import Binder, Bound, Call, Key, check_autocast, check_capturable, describe, timestep_name
 from maskcompile.steps import Graph, Schedule
+from passes.buffers import share_buffers
 from passes.capture import Capture, CaptureError, Slot, capture, composite_modules
 from passes.dependencies import Slots, result_nodes, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
-from passes.regions import Partition, Region, divisible, partition, select_regions
+from passes.regions import Partition, Region, divisible, partition, select_regions, value_of
 from passes.specialise import coefficients_like, specialise
+
+CudaGraphs = bool | Literal["auto"]
 
 #: Held while anything is captured or compiled: torch does either in one thread at a time.
 _MAKING = threading.RLock()
@@ -64,6 +68,10 @@ class _Captured:
     graphs: dict[GraphKey, Graph] = field(default_factory=dict)
     partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
     compiled: dict[Hashable, Executable] = field(default_factory=dict)
+
+    def like(self, slot: Slot) -> Tensor:
+        """A fake tensor like the versions of a slot."""
+        return value_of(self.capture.marks[slot], self.capture)
 
 
 @dataclass
@@ -109,6 +117,7 @@ class OptimizedDenoiser(nn.Module):
         timestep: str | None,
         regions: bool,
         max_graphs: int | None,
+        cuda_graphs: CudaGraphs,
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -128,6 +137,7 @@ class OptimizedDenoiser(nn.Module):
         self._backend = backend
         self._regions = regions
         self._max_graphs = max_graphs
+        self._cuda_graphs = cuda_graphs
         self._options = dict(options)
         self._timestep = name
         self._lock = threading.RLock()
@@ -159,6 +169,7 @@ class OptimizedDenoiser(nn.Module):
             self._mask = mask
             self._clock = Clock(mask)
             self._schedules: dict[tuple[Key, int, bool], Schedule] = {}
+            self._arenas: list[Arena] = []
             self._slots: dict[Key, Slots] = {}
             self._merged: dict[Key, NDArray[np.bool_]] = {}
             self._shared: dict[Key, dict[GraphKey, GraphKey]] = {}
@@ -174,6 +185,7 @@ class OptimizedDenoiser(nn.Module):
                     captured.graphs.clear()
                     captured.compiled.clear()
                     self._schedules.clear()
+                    self._arenas.clear()
 
     def reset(self) -> None:
         """Forget the runs in progress, in all threads; the next call starts a new one."""
@@ -181,6 +193,8 @@ class OptimizedDenoiser(nn.Module):
             self._forget_runs()
 
     def _forget_runs(self) -> None:
+        for arena in self._arenas:
+            arena.lease = None
         self._callers: dict[int | None, int] = {}
         self._in_progress: weakref.WeakSet[_Trajectories] = weakref.WeakSet()
         self._threads = _Threads(self._in_progress)
@@ -221,19 +235,26 @@ class OptimizedDenoiser(nn.Module):
                         own, runs = self._threads.own, advance(Runs(), where)
                     if call.key not in self._captures:
                         self._captures[call.key] = self._capture(self._bind.bind(args, kwargs))
-                    trajectory = self._begin(call.key, where)
-            schedule = trajectory.schedule
-            step = schedule.steps.get(trajectory.position)
+                    trajectory = self._begin(call, where, runs)
+            schedule, lease, position = trajectory.schedule, trajectory.lease, trajectory.position
+            step = schedule.steps.get(position)
             outputs: Sequence[Tensor] | None = None
-            if step is None or not step.graph.called:
-                with _MAKING:  # the first call of a graph compiles
-                    step = schedule.step(trajectory.position)
-                    outputs, cache = step(call.tensors, trajectory.cache)
+            cache: tuple[Tensor, ...] = ()
+            if step is None or not step.graph.called or (lease is not None and position not in lease.arena.ready):
+                with _MAKING:  # the first call of a graph compiles, and recording must be alone
+                    step = schedule.step(position)
+                    if lease is None:
+                        outputs, cache = step(call.tensors, trajectory.cache)
+                    else:
+                        outputs = lease.execute(lease.arena.prepare, position, call.tensors)
         if outputs is None:
-            outputs, cache = step(call.tensors, trajectory.cache)
+            if lease is None:
+                outputs, cache = step(call.tensors, trajectory.cache)
+            else:
+                outputs = lease.execute(lease.arena.replay, position, call.tensors)
         self._count(runs, where, step.reuses)
         next_step = trajectory.next_step if where.step is None else where.step + 1
-        own.runs = commit(runs, Trajectory(call.key, schedule, trajectory.position + 1, next_step, cache))
+        own.runs = commit(runs, Trajectory(call.key, schedule, position + 1, next_step, cache, lease))
         return schedule.assemble(outputs[: step.graph.results])
 
     def _may_go_on(self, where: Where) -> bool:
@@ -250,10 +271,36 @@ class OptimizedDenoiser(nn.Module):
             del self._callers[next(iter(self._callers))]
         return last == thread
 
-    def _begin(self, key: Key, where: Where) -> Trajectory:
-        """A trajectory that starts at this call, with nothing in its cache."""
+    def _begin(self, call: Bound, where: Where, runs: Runs) -> Trajectory:
+        """A trajectory that starts at this call, with nothing in its cache. runs: of this thread, as they are then."""
         start = self._clock.following(where.order) if where.step is None else where.step
-        return Trajectory(key, self._schedule(key, start, leading=where.step is None), 0, start, ())
+        schedule = self._schedule(call.key, start, leading=where.step is None)
+        return Trajectory(call.key, schedule, 0, start, (), self._lease(call, schedule, runs))
+
+    def _lease(self, call: Bound, schedule: Schedule, runs: Runs) -> Lease | None:
+        """Memory to replay a run on; None where nothing is replayed, or as many runs as can be are in progress."""
+        if not self._cuda_graphs:
+            return None
+        if (reason := obstacle(call.tensors)) is not None:
+            if self._cuda_graphs is True:
+                raise ValueError(f"{reason}. Move the denoiser and its inputs there, or pass cuda_graphs=False.")
+            return None
+        going = [runs, *(other.runs for other in self._in_progress if other is not self._threads.own)]
+        busy = {trajectory.lease for each in going for trajectory in each.trajectories}
+        free = [arena for arena in self._arenas if arena.lease is None or arena.lease not in busy]
+        arena = next((arena for arena in free if arena.schedule is schedule), None)
+        if arena is None:
+            if len(self._arenas) >= MOST_ARENAS:
+                if not free:
+                    return None
+                self._arenas.remove(free[0])
+            like = self._captures[call.key].like
+            buffers = share_buffers(schedule.plans, self._slots[call.key].size)
+            arena = Arena(schedule, call.tensors, buffers, like, strict=self._cuda_graphs is True)
+        else:
+            self._arenas.remove(arena)
+        self._arenas.append(arena)  # the least recently begun first
+        return arena.take()
 
     def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
@@ -310,6 +357,7 @@ class OptimizedDenoiser(nn.Module):
         self._recaptures += 1
         self._captures.clear()
         self._schedules.clear()
+        self._arenas.clear()
         self._slots.clear()
         self._merged.clear()
         self._shared.clear()
@@ -406,6 +454,11 @@ class OptimizedDenoiser(nn.Module):
                 cached = [examples[version.slot].clone() for version in schedule.plans[position].inputs]
                 outputs = step.graph(call.tensors, cached, step.coefficients)
                 examples.update(zip(key.stores, outputs[step.graph.results :], strict=True))
+            lease = self._lease(Bound(call.tensors, call.key, call.timestep), schedule, Runs())
+            if lease is not None:
+                for position in tqdm(range(len(schedule.plans)), desc="recording", delay=2, leave=False, disable=None):
+                    lease.arena.record(position, call.tensors)
+                lease.arena.lease = None
 
     def save_compiled(self, path: str | os.PathLike[str]) -> None:
         """Write what was compiled so far to a file, for ``optimize(..., compiled=path)`` in another process.
@@ -458,6 +511,9 @@ class OptimizedDenoiser(nn.Module):
             unknown_timesteps=self._counts.unknown,
             skips=self._counts.skipped,
             recaptures=self._recaptures,
+            recorded=sum(len(arena.recorded) for arena in self._arenas),
+            arena_bytes=sum(arena.nbytes for arena in self._arenas),
+            not_recorded=next((arena.failure for arena in self._arenas if arena.failure), None),
             cache_bytes=self.cache_bytes,
         )
 
@@ -466,7 +522,10 @@ class OptimizedDenoiser(nn.Module):
         """Bytes that the runs in progress hold at this moment."""
         with self._lock:
             runs = [own.runs for own in self._in_progress]
-        return sum(t.untyped_storage().nbytes() for r in runs for trajectory in r.trajectories for t in trajectory.cache)
+        replayed = {trajectory.lease.arena for r in runs for trajectory in r.trajectories if trajectory.lease is not None}
+        return sum(arena.nbytes for arena in replayed) + sum(
+            t.untyped_storage().nbytes() for r in runs for trajectory in r.trajectories for t in trajectory.cache
+        )
 
     # ---- looking like the original --------------------------------------------------------------------------------------
 
@@ -513,6 +572,7 @@ class OptimizedDenoiser(nn.Module):
             "timestep": self._timestep,
             "regions": self._regions,
             "max_graphs": self._max_graphs,
+            "cuda_graphs": self._cuda_graphs,
             "options": self._options,
         }
 

@@ -728,7 +728,8 @@ def test_threads_never_mix_their_runs(schedulers):
                     ours = fast(x, t if schedulers else t.clone())
                     if not step or not schedulers:
                         begun.append(truth(own, compute))
-                    if not any([torch.equal(ours, executor.step(step, x, t)) for executor in begun]):  # all must step
+                    as_begun = [torch.equal(ours, executor.step(step, x, t)) for executor in begun]  # all must step
+                    if not any(as_begun):
                         failed.append((number, round_, step))
         except BaseException as error:
             failed.append(error)

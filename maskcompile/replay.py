@@ -1,0 +1,234 @@
+"""Replay the steps of a run as CUDA graphs, each one launch.
+
+A CUDA graph is bound to addresses: of the denoiser's inputs, of the cache, of the weights. So a run that replays graphs has an
+``Arena``: tensors that its inputs are copied to, and one piece of memory that its cache lies in (``passes.buffers``), both
+outside the graphs' own memory pool, which every replay overwrites. Plans that do the same to the same addresses share a
+graph. What a run returns is cloned out of the pool.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskcompile.steps import Schedule
+from passes.buffers import Buffers
+from passes.capture import Slot
+from passes.rectify import Version
+
+#: Runs that are replayed at a time, of one denoiser; others are executed without replaying.
+MOST_ARENAS = 4
+
+Run = Callable[[], Sequence[Tensor]]
+_Results = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """replay: executes again what was recorded, on the same memory. results: where the denoiser's results are then."""
+
+    replay: Callable[[], None]
+    results: Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """That a run has an arena; lost when another run takes it."""
+
+    arena: Arena
+
+    @property
+    def lost(self) -> bool:
+        return self.arena.lease is not self
+
+    def execute(self, run: Callable[[int, Sequence[Tensor]], _Results], position: int, inputs: Sequence[Tensor]) -> _Results:
+        """A step in the arena. One that fails may have overwritten what the run needs, so that the run starts over."""
+        try:
+            return run(position, inputs)
+        except BaseException:
+            self.arena.lease = None
+            raise
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A step at its addresses.
+
+    cached, stores: of the arena's memory; a store is None where the graph returns more than the plan keeps. given,
+    coefficients: where the step's coefficients are, and where its graph reads them.
+    """
+
+    cached: tuple[Tensor, ...]
+    stores: tuple[Tensor | None, ...]
+    given: tuple[Tensor, ...]
+    coefficients: tuple[Tensor, ...]
+    key: Any
+
+
+class Arena:
+    """The memory of one run at a time, and the graphs recorded on it.
+
+    schedule: that runs follow. inputs: tensors like the denoiser's. like: for a slot, a tensor like its versions (a fake one).
+    strict: whether to raise where a graph cannot be recorded, rather than to execute it without replaying.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        inputs: Sequence[Tensor],
+        buffers: Buffers,
+        like: Callable[[Slot], Tensor],
+        strict: bool,
+    ) -> None:
+        device = inputs[0].device
+        self.schedule = schedule
+        self.lease: Lease | None = None
+        self.buffers = buffers
+        self.like = like
+        self.strict = strict
+        self.failure: str | None = None
+        self.memory = torch.zeros(buffers.size, dtype=torch.uint8, device=device)
+        self.inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
+        self.coefficients: dict[Any, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+        self.bound: dict[int, _Bound] = {}
+        self.recorded: dict[Any, Recorded] = {}
+        self.ready: dict[int, tuple[_Bound, Recorded]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.stream = current_stream(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache and the inputs. What the graphs need besides is in their pool."""
+        return self.memory.nbytes + sum(tensor.nbytes for tensor in self.inputs)
+
+    def take(self) -> Lease:
+        """Begin a run; whichever had the arena before has lost it."""
+        self.lease = Lease(self)
+        return self.lease
+
+    def replay(self, position: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The denoiser's results at a position that is ``ready``."""
+        bound, recorded = self.ready[position]
+        self._enter(bound, inputs)
+        recorded.replay()
+        return [tensor.clone() for tensor in recorded.results]
+
+    def prepare(self, position: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same at a position that is not. A graph that was never called is only executed, which compiles it.
+
+        Raises RuntimeError, where ``strict``, for a graph that cannot be recorded.
+        """
+        bound = self.bound.get(position)
+        if bound is None:
+            bound = self.bound[position] = self._bind(position)
+        self._enter(bound, inputs)
+        step = self.schedule.step(position)
+
+        def run() -> Sequence[Tensor]:
+            outputs = step.graph(self.inputs, bound.cached, bound.coefficients)
+            for output, store in zip(outputs[step.graph.results :], bound.stores, strict=True):
+                if store is not None:
+                    store.copy_(output)
+            return outputs[: step.graph.results]
+
+        if step.graph.called and bound.key not in self.recorded and self.failure is None:
+            self._record(bound, run)
+        if bound.key not in self.recorded:
+            return [tensor.clone() if self._own(tensor) else tensor for tensor in run()]
+        self.ready[position] = bound, self.recorded[bound.key]
+        return self.replay(position, inputs)
+
+    def record(self, position: int, inputs: Sequence[Tensor]) -> None:
+        """Make a position ready, where it can be recorded. The values of the inputs do not matter."""
+        while position not in self.ready and self.failure is None:
+            self.prepare(position, inputs)
+
+    def _record(self, bound: _Bound, run: Run) -> None:
+        try:
+            self.recorded[bound.key] = record(run, self.pool, self.memory.device)
+        except Exception as error:
+            self.failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = f"a step cannot be recorded as a CUDA graph: {self.failure}"
+            if self.strict:
+                raise RuntimeError(f"{reason}; pass cuda_graphs=False.") from error
+            warnings.warn(f"{reason}. Steps are executed without replaying.", stacklevel=2)
+
+    def _enter(self, bound: _Bound, inputs: Sequence[Tensor]) -> None:
+        stream = current_stream(self.inputs[0].device)
+        if stream != self.stream:  # of the last step, whose memory this one overwrites
+            stream.wait_stream(self.stream)
+            self.stream = stream
+        for own, given in zip((*self.inputs, *self._vectors(bound)), (*inputs, *bound.given), strict=True):
+            own.copy_(given, non_blocking=True)
+
+    def _vectors(self, bound: _Bound) -> tuple[Tensor, ...]:
+        return self.coefficients[bound.key[0]][0] if bound.given else ()
+
+    def _bind(self, position: int) -> _Bound:
+        plan, step = self.schedule.plans[position], self.schedule.step(position)
+        key = self.schedule.graphs[plan.key]
+        cached = tuple(self._place(version) for version in plan.inputs)
+        held = {version.slot: version for version in plan.held if version.step == position}
+        stores = tuple(self._place(held[slot]) if slot in held else None for slot in key.stores)
+        places = tuple(None if tensor is None else tensor.data_ptr() for tensor in (*cached, *stores))
+        if key not in self.coefficients:
+            vectors, parts = _packed_like(step.coefficients)
+            self.coefficients[key] = vectors, parts
+        return _Bound(cached, stores, _packed(step.coefficients), self.coefficients[key][1], (key, places))
+
+    def _place(self, version: Version) -> Tensor:
+        """A version's place in the memory, as a tensor of its own."""
+        like, start = self.like(version.slot), self.buffers.offset[version]
+        whole = self.memory[start : start + like.numel() * like.itemsize].view(like.dtype)
+        return whole.as_strided(like.shape, like.stride(), whole.storage_offset())
+
+    def _own(self, tensor: Tensor) -> bool:
+        """Whether the next step may overwrite a result."""
+        pointer = tensor.untyped_storage().data_ptr()
+        return any(pointer == own.untyped_storage().data_ptr() for own in (self.memory, *self.inputs))
+
+
+def obstacle(inputs: Sequence[Tensor]) -> str | None:
+    """Why the graphs of a denoiser with these inputs cannot be replayed, None where they can."""
+    devices = {tensor.device for tensor in inputs}
+    if all(device.type == "cuda" for device in devices) and len(devices) == 1:
+        return None
+    return f"CUDA graphs need all inputs on one CUDA device; these are on {', '.join(sorted(map(str, devices)))}"
+
+
+def record(run: Run, pool: Any, device: torch.device) -> Recorded:
+    """Capture ``run`` as a CUDA graph, without executing it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        results = run()
+    return Recorded(graph.replay, results)
+
+
+def current_stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _by_dtype(coefficients: Sequence[Tensor]) -> list[list[int]]:
+    dtypes = list(dict.fromkeys(c.dtype for c in coefficients))
+    return [[i for i, c in enumerate(coefficients) if c.dtype == dtype] for dtype in dtypes]
+
+
+def _packed(coefficients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Scalars as one vector of each dtype, so that few copies bring them to where a graph reads them; a vector as it is."""
+    if coefficients and coefficients[0].dim():
+        return tuple(coefficients)
+    return tuple(torch.stack([coefficients[i] for i in group]) for group in _by_dtype(coefficients))
+
+
+def _packed_like(coefficients: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(empty vectors like ``_packed``, the coefficients as parts of them)"""
+    vectors = tuple(torch.empty_like(vector) for vector in _packed(coefficients))
+    if coefficients and coefficients[0].dim():
+        return vectors, vectors
+    places = {i: vector[j] for vector, group in zip(vectors, _by_dtype(coefficients), strict=True) for j, i in enumerate(group)}
+    return vectors, tuple(places[i] for i in range(len(coefficients)))
