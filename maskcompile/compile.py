@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
 from torch._inductor import config, list_mode_options, standalone_compile
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch.fx import GraphModule
 
 from maskcompile.artefacts import load_artefact, load_artefacts, save_artefacts, to_bytes
 from passes.capture import Capture
-from passes.regions import Region, only_views, region_graph, structure
+from passes.regions import Region, only_views, region_graph, sizes_read, structure
+from passes.sizes import code_of, guards_in, holds, is_size
 
-#: (*tensor inputs, *cached reads) -> (*tensor results, *stores), or (*inputs, *weights) -> outputs of a region
+#: (*tensor inputs, *cached reads) -> (*tensor results, *stores), or (*inputs, *weights, *sizes) -> outputs of a region
 Executable = Callable[..., Sequence[Tensor]]
 
 Backend = str | Callable[..., Any]
 
+
+@dataclass(frozen=True)
+class _Compiled:
+    """guards: what it takes for granted of its sizes, as code, see ``passes.sizes``. name: among saved ones."""
+
+    run: Executable
+    guards: str
+    name: str
+
+
 #: What was compiled of regions in this process, by structure, backend and options: other masks, captures and denoisers with
-#: equal layers need not compile them again.
-_compiled: dict[str, Executable] = {}
+#: equal layers need not compile them again. Several for sizes that one cannot serve.
+_compiled: dict[str, list[_Compiled]] = {}
+
+#: Ends the name of the guards of what was saved under the rest of it.
+GUARDS = ".guards"
 
 #: What ``load_compiled`` found in files.
 _loadable: dict[str, bytes] = {}
@@ -34,37 +51,77 @@ _loadable: dict[str, bytes] = {}
 def compile_graph(graph_module: GraphModule, backend: Backend, options: Mapping[str, Any]) -> Executable:
     """``torch.compile(graph_module, fullgraph=True)``, or the graph as it is for the backend "eager".
 
-    options: keyword arguments of torch.compile. Shapes are static unless they say otherwise: a capture serves one shape.
+    options: keyword arguments of torch.compile. Shapes are static, but for those that are symbols in the graph.
     """
     if backend == "eager":
         return graph_module
+    symbolic = _with_sizes_of_tensors(graph_module)
     compiled: Executable = torch.compile(graph_module, backend=backend, **{"fullgraph": True, "dynamic": False, **options})
-    return compiled
+    return _marking(compiled, symbolic) if any(symbolic) else compiled
+
+
+def _with_sizes_of_tensors(graph_module: GraphModule) -> list[list[int]]:
+    """The symbolic dimensions of each input. An input that is a size, as Dynamo takes none, becomes a tensor of that length."""
+    symbolic = []
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        symbolic.append([0] if is_size(node) else [i for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)])
+        if is_size(node):
+            with graph_module.graph.inserting_after(node):
+                size = graph_module.graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
+            node.replace_all_uses_with(size, delete_user_cb=lambda user, size=size: user is not size)
+    graph_module.recompile()
+    return symbolic
+
+
+def _marking(compiled: Executable, symbolic: Sequence[Sequence[int]]) -> Executable:
+    """Tells Dynamo of symbolic dimensions, when it compiles. A size of 1 is never one for it: another call has to tell it."""
+    told = False
+    of_length = functools.cache(lambda length: torch.empty(length, 0))
+
+    def run(*arguments: Any) -> Sequence[Tensor]:
+        nonlocal told
+        tensors = [of_length(argument) if isinstance(argument, int) else argument for argument in arguments]
+        if not told:
+            tensors = [tensor.detach() if dims else tensor for tensor, dims in zip(tensors, symbolic, strict=True)]
+            for tensor, dims in zip(tensors, symbolic, strict=True):
+                maybe_mark_dynamic(tensor, dims)
+            told = all(tensor.shape[dim] > 1 for tensor, dims in zip(tensors, symbolic, strict=True) for dim in dims)
+        return compiled(*tensors)
+
+    return run
 
 
 def compile_region(region: Region, capture: Capture, backend: Backend, options: Mapping[str, Any]) -> Executable:
     """A region, executable on the weights of any layer of the same structure; compiled once in this process.
 
+    What was compiled for other ``capture.sizes`` serves, where what the compiler took for granted then still holds.
+
     Inductor is called without Dynamo, whose guards would be checked at every call and take longer than all else that one does.
     """
     described = f"{structure(region, capture)}\n{backend!r}\n{sorted(options.items())!r}\n{_settings()}"
     key = sha256(described.encode()).hexdigest()
-    if key not in _compiled:
-        graph_module = region_graph(region, capture)
-        if only_views(graph_module):
-            _compiled[key] = graph_module
-        elif backend != "inductor" or not set(options) <= {"mode", "options"}:
-            _compiled[key] = compile_graph(graph_module, backend, options)
-        elif (loaded := _loaded(key)) is not None:
-            _compiled[key] = loaded
-        else:
-            _compiled[key] = standalone_compile(
-                graph_module,
-                [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")],
-                dynamic_shapes="from_graph",
-                options={"config_patches": _inductor_options(options)},
-            )
-    return _compiled[key]
+    values = [capture.sizes[symbol] for symbol in sizes_read(region, capture)]
+    known = _compiled.setdefault(key, [])
+    for compiled in known:
+        if holds(compiled.guards, values):
+            return compiled.run
+    graph_module = region_graph(region, capture)
+    if only_views(graph_module):
+        known.append(_Compiled(graph_module, "", key))
+    elif backend != "inductor" or not set(options) <= {"mode", "options"}:
+        known.append(_Compiled(compile_graph(graph_module, backend, options), "", key))
+    elif (loaded := _loaded(key, values)) is not None:
+        known.append(loaded)
+    else:
+        likes = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+        run = standalone_compile(
+            graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
+        )
+        symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
+        guards = code_of(guards_in(likes[-1].node.shape_env, 1), symbols) if symbols else ""
+        known.append(_Compiled(run, guards, f"{key}.{sha256(guards.encode()).hexdigest()[:8]}" if symbols else key))
+    return known[-1].run
 
 
 def _settings() -> tuple[Any, ...]:
@@ -77,22 +134,28 @@ def _settings() -> tuple[Any, ...]:
     )
 
 
-def _loaded(key: str) -> Executable | None:
-    """A region of a file, None where there is none, or it is damaged."""
-    if key not in _loadable:
-        return None
-    try:
-        return load_artefact(_loadable[key])
-    except Exception as error:  # of torch, which documents none
-        del _loadable[key]
-        warnings.warn(f"a region in a file of save_compiled is damaged, and compiled afresh: {error}.", stacklevel=2)
-        return None
+def _loaded(key: str, values: Sequence[int] = ()) -> _Compiled | None:
+    """A region of a file that serves sizes of these values, None where there is none, or it is damaged."""
+    for name in [name for name in _loadable if name.partition(".")[0] == key and not name.endswith(GUARDS)]:
+        try:
+            guards = _loadable.get(name + GUARDS, b"").decode()
+            if holds(guards, values):
+                return _Compiled(load_artefact(_loadable[name]), guards, name)
+        except Exception as error:  # of torch, which documents none
+            del _loadable[name]
+            warnings.warn(f"a region in a file of save_compiled is damaged, and compiled afresh: {error}.", stacklevel=2)
+    return None
 
 
 def save_compiled(path: str | os.PathLike[str], regions: Collection[Executable]) -> None:
     """Write those of the ``regions`` that Inductor compiled to a file."""
-    chosen = {key: run for key, run in _compiled.items() if run in regions and isinstance(run, CompiledArtifact)}
-    save_artefacts(path, {key: _loadable.get(key) or to_bytes(run) for key, run in chosen.items()})
+    artefacts = {}
+    for compiled in (compiled for several in _compiled.values() for compiled in several):
+        if compiled.run in regions and isinstance(compiled.run, CompiledArtifact):
+            artefacts[compiled.name] = _loadable.get(compiled.name) or to_bytes(compiled.run)
+            if compiled.guards:
+                artefacts[compiled.name + GUARDS] = compiled.guards.encode()
+    save_artefacts(path, artefacts)
 
 
 def load_compiled(path: str | os.PathLike[str]) -> None:

@@ -12,18 +12,18 @@ from maskcompile.compile import Executable
 from passes.capture import Capture
 from passes.dependencies import result_nodes
 from passes.plan import GraphKey
-from passes.regions import Region, renames, value_of
+from passes.regions import Region, renames, sizes_read, value_of
 
 
 @dataclass(frozen=True)
 class _Call:
-    """run: takes the values at ``inputs``, then the weights; its results are the values at ``outputs``.
+    """run: takes the values at ``inputs``, then the weights, and the sizes; its results are the values at ``outputs``.
 
     free: values that nobody reads from then on.
     """
 
     run: Executable
-    weights: tuple[Tensor, ...]
+    weights: tuple[Tensor | int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     free: tuple[int, ...]
@@ -52,7 +52,7 @@ class Linked:
 
 
 def link(capture: Capture, key: GraphKey, regions: Sequence[Region], compiled: Callable[[Region], Executable]) -> Linked:
-    """What a specialised graph does, made of its regions.
+    """What a specialised graph does, made of its regions, for calls of ``capture.sizes``.
 
     regions: of ``passes.regions.select_regions``. compiled: makes one executable.
     """
@@ -78,7 +78,8 @@ def link(capture: Capture, key: GraphKey, regions: Sequence[Region], compiled: C
             inputs += (*twofold[node], coefficients[node]) if node in region.extrapolated else (places[node],)
         places |= {node: size + position for position, node in enumerate(region.outputs)}
         size += len(region.outputs)
-        weights = tuple(value_of(node, capture) for node in region.weights)
+        sizes = (capture.sizes[symbol] for symbol in sizes_read(region, capture))
+        weights: tuple[Tensor | int, ...] = (*(value_of(node, capture) for node in region.weights), *sizes)
         outputs = tuple(places[node] for node in region.outputs)
         unfinished.append(_Call(compiled(region), weights, tuple(inputs), outputs, ()))
     wanted = [*result_nodes(capture), *(capture.marks[slot] for slot in key.stores)]

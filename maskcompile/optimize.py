@@ -26,6 +26,7 @@ def optimize(
     timestep: str | None = None,
     regions: bool | None = None,
     max_graphs: int | None = None,
+    dynamic: bool | None = None,
     compiled: str | os.PathLike[str] | None = None,
     cuda_graphs: CudaGraphs = "auto",
     **compile_options: Any,
@@ -33,7 +34,8 @@ def optimize(
     """A drop-in for ``model`` that reuses block outputs as ``mask`` says: ``pipe.unet = optimize(pipe.unet, mask)``.
 
     Captures at the first call, once per input signature, and compiles each distinct graph once, when it is first needed or in
-    ``.warmup(*example_inputs)``. The model itself is not changed, and its weights are shared, not copied.
+    ``.warmup(*example_inputs)``; a second batch size captures and compiles once more, for any batch from then on. The model
+    itself is not changed, and its weights are shared, not copied.
 
     backend: "inductor", "eager" (the fx graphs as they are), or any backend of torch.compile.
     timestep: the name of the forward parameter that carries the timestep, where it is not a usual one.
@@ -43,6 +45,9 @@ def optimize(
     max_graphs: how many graphs a run may need. Rows of the mask are merged upwards until they need no more, so that some steps
     compute blocks that the mask would reuse; the report says what that costs. Runs that do not start at the first step of the
     mask may need others.
+    dynamic: whether the batch, the first dimension of the inputs, may change without anything being captured and compiled anew:
+    from the second batch size on (None), from the first (True), or never (False). A denoiser that does something else for each
+    batch, or for one, is captured for that one alone, and the report says why.
     compiled: a file of ``fast.save_compiled(path)``, from which regions are taken instead of being compiled. It holds code:
     load only what you trust. One that was made elsewhere (torch, processor, GPU), or is no such file, is left aside with a
     warning.
@@ -50,7 +55,7 @@ def optimize(
     their own. "auto": where all inputs are on one CUDA device and the backend is not "eager". False leaves them to the modes
     of Inductor that record its own. A graph that was never executed is executed first and recorded the next time. A call that
     fails ends its run: the next one starts over.
-    compile_options: passed to torch.compile (mode, options, dynamic).
+    compile_options: passed to torch.compile (mode, options).
 
     Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with offloading hooks, or already
     optimised, TypeError for options that torch.compile does not have. At the first call CaptureError where the model cannot be
@@ -89,5 +94,6 @@ def optimize(
         regions=regions,
         max_graphs=max_graphs,
         cuda_graphs=cuda_graphs,
+        dynamic=dynamic,
         options=compile_options,
     )

@@ -25,7 +25,6 @@ from passes.rectify import Version
 MOST_ARENAS = 4
 
 Run = Callable[[], Sequence[Tensor]]
-_Results = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,21 @@ class Recorded:
     results: Sequence[Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Lease:
-    """That a run has an arena; lost when another run takes it."""
+    """That a run has an arena, until another run takes it. committed: whether a step of the run has succeeded."""
 
     arena: Arena
+    committed: bool = False
 
     @property
     def lost(self) -> bool:
         return self.arena.lease is not self
 
-    def execute(self, run: Callable[[int, Sequence[Tensor]], _Results], position: int, inputs: Sequence[Tensor]) -> _Results:
-        """A step in the arena. One that fails may have overwritten what the run needs, so that the run starts over."""
-        try:
-            return run(position, inputs)
-        except BaseException:
+    def end(self) -> None:
+        """Give the arena back."""
+        if not self.lost:
             self.arena.lease = None
-            raise
 
 
 @dataclass(frozen=True)

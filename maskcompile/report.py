@@ -12,7 +12,8 @@ class SignatureReport:
     held_cache_bytes: what the peak would be if every block were held. extrapolated: numbers that a run extrapolates, a
     multiply-add each, which the MACs do not count. unmerged_macs: with all the graphs that the mask takes (``max_graphs``).
     regions: different ones that the graphs made so far consist of, None for whole graphs. compile_seconds: of each graph made
-    and called so far, its compilation and first call.
+    and called so far, its compilation and first call. any_batch: whether the capture and what is compiled of it serve other
+    batches too. alone: why it does not, where that was tried.
     """
 
     inputs: str
@@ -26,6 +27,8 @@ class SignatureReport:
     regions: int | None
     capture_seconds: float
     compile_seconds: tuple[float, ...]
+    any_batch: bool = False
+    alone: str | None = None
 
     @property
     def share(self) -> float:
@@ -80,6 +83,8 @@ class Report:
                 f"    graphs       {s.graphs} for a whole run, {len(s.compile_seconds)} "
                 + (f"made of {s.regions} different regions" if s.regions is not None else "compiled")
                 + f" in {sum(s.compile_seconds):.1f} s after {s.capture_seconds:.1f} s of capture",
+                *(["    batch        any: what is captured and compiled serves others too"] if s.any_batch else []),
+                *([f"    batch        this one alone: {s.alone}"] if s.alone else []),
                 *(
                     [f"    merged       adds {s.macs / s.unmerged_macs - 1:.1%} to the MACs"]
                     if s.macs > s.unmerged_macs

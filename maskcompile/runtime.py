@@ -15,7 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,14 +33,26 @@ from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.replay import MOST_ARENAS, Arena, Lease, obstacle
 from maskcompile.report import Report, SignatureReport
 from maskcompile.runs import Clock, Runs, Trajectory, Where, advance, commit, current, locate
-from maskcompile.signature import Binder, Bound, Call, Key, check_autocast, check_capturable, describe, timestep_name
-from maskcompile.steps import Graph, Schedule
+from maskcompile.signature import (
+    Binder,
+    Bound,
+    Call,
+    Key,
+    check_autocast,
+    check_capturable,
+    describe,
+    double_batch,
+    other_batch,
+    timestep_name,
+)
+from maskcompile.steps import Graph, Schedule, Step
 from passes.buffers import share_buffers
-from passes.capture import Capture, CaptureError, Slot, capture, composite_modules
+from passes.capture import Capture, CaptureError, Slot, capture, check_call, composite_modules, resized, sizes_of
 from passes.dependencies import Slots, result_nodes, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
 from passes.regions import Partition, Region, divisible, partition, select_regions, value_of
+from passes.sizes import Sizes, shape_at, value_at
 from passes.specialise import coefficients_like, specialise
 
 CudaGraphs = bool | Literal["auto"]
@@ -56,22 +68,30 @@ MOST_CALLERS = 64
 class _Captured:
     """A denoiser captured at one input signature, with the graphs made of it so far.
 
-    assemble: see ``_assembler``. divided: whether graphs are made of regions. partitions: into regions, for the blocks of a
-    mask. compiled: the regions that the graphs consist of, by content.
+    One captured for any batch is one of these for each batch, see ``_resized``. origin: the signature that it was captured at.
+    assemble: see ``_assembler``. divided: whether graphs are made of regions. alone: why it is not for any batch, if that was
+    tried. given_up: not to be tried for other batches either. partitions: into regions, for the blocks of a mask. whole: graphs
+    not made of regions. compiled: the regions that the graphs consist of, by content.
     """
 
     capture: Capture
+    origin: Key
     described: str
     seconds: float
     assemble: Callable[[Sequence[Tensor]], Any]
     divided: bool
+    alone: str | None = None
+    given_up: bool = False
     graphs: dict[GraphKey, Graph] = field(default_factory=dict)
     partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
+    whole: dict[GraphKey, Executable] = field(default_factory=dict)
     compiled: dict[Hashable, Executable] = field(default_factory=dict)
 
     def like(self, slot: Slot) -> Tensor:
-        """A fake tensor like the versions of a slot."""
-        return value_of(self.capture.marks[slot], self.capture)
+        """A tensor without values like the versions of a slot."""
+        value, sizes = value_of(self.capture.marks[slot], self.capture), self.capture.sizes
+        strides = [value_at(stride, sizes) for stride in value.stride()]
+        return torch.empty_strided(shape_at(value, sizes), strides, dtype=value.dtype, device="meta")
 
 
 @dataclass
@@ -118,6 +138,7 @@ class OptimizedDenoiser(nn.Module):
         regions: bool,
         max_graphs: int | None,
         cuda_graphs: CudaGraphs,
+        dynamic: bool | None,
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -138,6 +159,7 @@ class OptimizedDenoiser(nn.Module):
         self._regions = regions
         self._max_graphs = max_graphs
         self._cuda_graphs = cuda_graphs
+        self._dynamic = dynamic
         self._options = dict(options)
         self._timestep = name
         self._lock = threading.RLock()
@@ -183,6 +205,7 @@ class OptimizedDenoiser(nn.Module):
             for captured in self._captures.values():
                 if len(captured.graphs) > most:
                     captured.graphs.clear()
+                    captured.whole.clear()
                     captured.compiled.clear()
                     self._schedules.clear()
                     self._arenas.clear()
@@ -234,28 +257,35 @@ class OptimizedDenoiser(nn.Module):
                     if self._check_weights():
                         own, runs = self._threads.own, advance(Runs(), where)
                     if call.key not in self._captures:
-                        self._captures[call.key] = self._capture(self._bind.bind(args, kwargs))
+                        self._captures[call.key] = self._serving(self._bind.bind(args, kwargs))
                     trajectory = self._begin(call, where, runs)
-            schedule, lease, position = trajectory.schedule, trajectory.lease, trajectory.position
-            step = schedule.steps.get(position)
-            outputs: Sequence[Tensor] | None = None
-            cache: tuple[Tensor, ...] = ()
-            if step is None or not step.graph.called or (lease is not None and position not in lease.arena.ready):
-                with _MAKING:  # the first call of a graph compiles, and recording must be alone
-                    step = schedule.step(position)
-                    if lease is None:
-                        outputs, cache = step(call.tensors, trajectory.cache)
-                    else:
-                        outputs = lease.execute(lease.arena.prepare, position, call.tensors)
-        if outputs is None:
-            if lease is None:
-                outputs, cache = step(call.tensors, trajectory.cache)
-            else:
-                outputs = lease.execute(lease.arena.replay, position, call.tensors)
-        self._count(runs, where, step.reuses)
-        next_step = trajectory.next_step if where.step is None else where.step + 1
-        own.runs = commit(runs, Trajectory(call.key, schedule, position + 1, next_step, cache, lease))
-        return schedule.assemble(outputs[: step.graph.results])
+        try:
+            step, outputs, cache = self._step(trajectory, call.tensors)
+            self._count(runs, where, step.reuses)
+            next_step = trajectory.next_step if where.step is None else where.step + 1
+            position = trajectory.position + 1
+            own.runs = commit(runs, Trajectory(call.key, trajectory.schedule, position, next_step, cache, trajectory.lease))
+        except BaseException:
+            if trajectory.lease is not None:  # what the run needs may be overwritten
+                trajectory.lease.end()
+            raise
+        if trajectory.lease is not None:
+            trajectory.lease.committed = True
+        return trajectory.schedule.assemble(outputs[: step.graph.results])
+
+    def _step(self, trajectory: Trajectory, inputs: tuple[Tensor, ...]) -> tuple[Step, Sequence[Tensor], tuple[Tensor, ...]]:
+        """(the step that a trajectory is at, the outputs of its graph, the cache after it)"""
+        schedule, lease, position = trajectory.schedule, trajectory.lease, trajectory.position
+        step = schedule.steps.get(position)
+        if step is None or not step.graph.called or (lease is not None and position not in lease.arena.ready):
+            with self._lock, _MAKING:  # the first call of a graph compiles, and recording must be alone
+                step = schedule.step(position)
+                if lease is not None:
+                    return step, lease.arena.prepare(position, inputs), ()
+                return step, *step(inputs, trajectory.cache)
+        if lease is not None:
+            return step, lease.arena.replay(position, inputs), ()
+        return step, *step(inputs, trajectory.cache)
 
     def _may_go_on(self, where: Where) -> bool:
         """Whether a run of this thread can be the one that the call belongs to.
@@ -287,7 +317,7 @@ class OptimizedDenoiser(nn.Module):
             return None
         going = [runs, *(other.runs for other in self._in_progress if other is not self._threads.own)]
         busy = {trajectory.lease for each in going for trajectory in each.trajectories}
-        free = [arena for arena in self._arenas if arena.lease is None or arena.lease not in busy]
+        free = [arena for arena in self._arenas if arena.lease is None or (arena.lease.committed and arena.lease not in busy)]
         arena = next((arena for arena in free if arena.schedule is schedule), None)
         if arena is None:
             if len(self._arenas) >= MOST_ARENAS:
@@ -327,13 +357,38 @@ class OptimizedDenoiser(nn.Module):
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
 
-    def _capture(self, call: Call) -> _Captured:
+    def _serving(self, call: Call) -> _Captured:
+        """A capture for a call unlike those before: one for any batch, if it serves or can be made, or for this alone."""
+        others = {key: batch for key in self._captures if (batch := other_batch(call.key, key)) is not None}
+        related = [self._captures[key] for key in others]
+        reason = None
+        for captured in {found.origin: found for found in related if found.capture.sizes}.values():
+            sizes = sizes_of(captured.capture, call.tensors)
+            if sizes is None:
+                continue
+            try:
+                if 1 in sizes.values():  # torch.export takes for granted that none is
+                    check_call(captured.capture, self.original, call.args, call.kwargs)
+                return _resized(captured, sizes, call)
+            except CaptureError as error:
+                reason = str(error)
+        batches = [*others.values(), *([double_batch(call.key)] if self._dynamic else [])]
+        if reason is None and self._dynamic is not False and batches and not any(found.given_up for found in related):
+            try:
+                return self._capture(call, batches[0])
+            except RuntimeError as error:
+                reason = str(error)
+        # A size of 1 says nothing about others, and one other call more about which dimensions are the batch.
+        given_up = reason is not None and bool(others) and all(call.tensors[at].shape[0] > 1 for at in batches[0])
+        return replace(self._capture(call), alone=reason, given_up=given_up)
+
+    def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> _Captured:
         check_capturable(self.original)
         before = fingerprint(self.original)
         start = time.perf_counter()
         marked = {*composite_modules(self.original), *self._marked}
         try:
-            captured = capture(self.original, call.args, call.kwargs, marked)
+            captured = capture(self.original, call.args, call.kwargs, marked, batch)
         except CaptureError:
             raise
         except Exception as error:
@@ -346,9 +401,20 @@ class OptimizedDenoiser(nn.Module):
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)
         self._volatile |= changes(before, self._fingerprint)
-        return _Captured(
-            captured, describe(call), time.perf_counter() - start, _assembler(captured), self._regions and divisible(captured)
+        found = _Captured(
+            captured,
+            call.key,
+            describe(call),
+            time.perf_counter() - start,
+            _assembler(captured),
+            self._regions and divisible(captured),
         )
+        if batch is None:
+            return found
+        sizes = sizes_of(captured, call.tensors)
+        if sizes is None:
+            raise CaptureError(f"{type(self.original).__name__} cannot be captured for any batch at {describe(call)}.")
+        return _resized(found, sizes, call)
 
     def _check_weights(self) -> bool:
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
@@ -378,10 +444,10 @@ class OptimizedDenoiser(nn.Module):
             merged = self._max_graphs is not None and not start and not leading
             plan = plan_merged if merged else plan_run
             plans = plan(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
-            self._shared[key] = share_graphs(plans, self._shared.get(key, {}))
             captured = self._captures[key]
+            shared = self._shared[captured.origin] = share_graphs(plans, self._shared.get(captured.origin, {}))
             known = self._schedules[key, start, leading] = Schedule(
-                plans, self._shared[key], partial(self._graph, captured), captured.assemble
+                plans, shared, partial(self._graph, captured), captured.assemble
             )
         return known
 
@@ -390,11 +456,12 @@ class OptimizedDenoiser(nn.Module):
         mask = self._mask
         if self._max_graphs is None:
             return mask.compute
-        if key not in self._merged:
-            self._merged[key] = merge_rows(
+        origin = self._captures[key].origin
+        if origin not in self._merged:
+            self._merged[origin] = merge_rows(
                 self._slots[key], mask.blocks, mask.compute, mask.reuse, mask.log_snr, self._max_graphs
             )
-        return self._merged[key]
+        return self._merged[origin]
 
     def _graph(self, captured: _Captured, key: GraphKey) -> Graph:
         graph = captured.graphs.get(key)
@@ -402,15 +469,18 @@ class OptimizedDenoiser(nn.Module):
             start = time.perf_counter()
             found = captured.capture
             graph = captured.graphs[key] = Graph(
-                run=self._link(captured, key)
-                if captured.divided
-                else compile_graph(specialise(found, key), self._backend, self._options),
+                run=self._link(captured, key) if captured.divided else self._whole(captured, key),
                 weights=(*found.graph_module.parameters(), *found.graph_module.buffers()),
                 coefficients=coefficients_like(found, key, apart=captured.divided),
                 results=len(result_nodes(found)),
                 seconds=time.perf_counter() - start,
             )
         return graph
+
+    def _whole(self, captured: _Captured, key: GraphKey) -> Executable:
+        if key not in captured.whole:
+            captured.whole[key] = compile_graph(specialise(captured.capture, key), self._backend, self._options)
+        return captured.whole[key]
 
     def _link(self, captured: _Captured, key: GraphKey) -> Executable:
         """The graph of ``key``, put together from its regions; those not seen before are compiled."""
@@ -439,7 +509,7 @@ class OptimizedDenoiser(nn.Module):
         with torch.no_grad(), self._lock, _MAKING:
             self._check_weights()
             if call.key not in self._captures:
-                self._captures[call.key] = self._capture(call)
+                self._captures[call.key] = self._serving(call)
             captured = self._captures[call.key]
             schedule = self._schedule(call.key, 0, leading=False)
             first: dict[GraphKey, int] = {}
@@ -482,14 +552,16 @@ class OptimizedDenoiser(nn.Module):
             if key not in self._slots:
                 continue
             schedule = self._schedule(key, 0, leading=False)
-            plans, slots, mask = schedule.plans, self._slots[key], self._mask
+            plans, slots, mask, sizes = schedule.plans, self._slots[key], self._mask, captured.capture.sizes
+            if sizes:  # plans are made for the batch that was captured
+                slots = slot_dependencies(resized(captured.capture, sizes), mask.blocks)
             held = plan_run(slots, mask.blocks, self._compute(key), ["hold"] * len(mask.blocks))
             unmerged = plan_run(slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
             signatures.append(
                 SignatureReport(
                     inputs=captured.described,
                     full_macs=slots.total_macs * mask.steps,
-                    macs=sum(plan.macs for plan in plans),
+                    macs=sum(slots.macs_of(plan.slots) for plan in plans),
                     unmerged_macs=sum(plan.macs for plan in unmerged),
                     peak_cache_bytes=max(plan.held_bytes for plan in plans),
                     held_cache_bytes=max(plan.held_bytes for plan in held),
@@ -498,6 +570,8 @@ class OptimizedDenoiser(nn.Module):
                     regions=len(set(captured.compiled.values())) if captured.divided else None,
                     capture_seconds=captured.seconds,
                     compile_seconds=tuple(graph.seconds for graph in captured.graphs.values()),
+                    any_batch=bool(sizes),
+                    alone=captured.alone,
                 )
             )
         return Report(
@@ -573,6 +647,7 @@ class OptimizedDenoiser(nn.Module):
             "regions": self._regions,
             "max_graphs": self._max_graphs,
             "cuda_graphs": self._cuda_graphs,
+            "dynamic": self._dynamic,
             "options": self._options,
         }
 
@@ -581,6 +656,15 @@ class OptimizedDenoiser(nn.Module):
 
     def __repr__(self) -> str:
         return f"OptimizedDenoiser({type(self.original).__name__}, {self._mask!r}, backend={self._backend!r})"
+
+
+def _resized(captured: _Captured, sizes: Sizes, call: Call) -> _Captured:
+    """A capture for any batch, for the calls of one: nothing of it is captured or compiled again.
+
+    Graphs are looked at and counted for each batch, for what of their outputs shares memory may differ where a size is 1.
+    """
+    found = replace(captured.capture, sizes=sizes)
+    return replace(captured, capture=found, described=describe(call), graphs={}, compiled={})
 
 
 def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> OptimizedDenoiser:

@@ -242,6 +242,42 @@ def _like_timestep(value: Any, device: torch.device) -> _Check | None:
     return number
 
 
+def other_batch(key: Key, known: Key) -> dict[int, int] | None:
+    """Which tensors of a call have the batch as their first dimension, with what that is in another call known.
+
+    The tensors are those whose first dimension, and nothing else, tells the calls apart, all by one factor. By their position
+    among tensors; None for calls that differ otherwise.
+    """
+    if len(key.parts) != len(known.parts) or key.parts[0] != known.parts[0]:
+        return None
+    found: dict[int, tuple[int, int]] = {}
+    position = 0
+    for ours, theirs in zip(key.parts[1:], known.parts[1:], strict=True):
+        tensor = isinstance(ours[0], torch.Size)
+        if ours != theirs:
+            if not tensor or not isinstance(theirs[0], torch.Size) or (ours[0][1:], ours[1:]) != (theirs[0][1:], theirs[1:]):
+                return None
+            if not ours[0] or not theirs[0]:
+                return None
+            found[position] = ours[0][0], theirs[0][0]
+        position += tensor
+    if not found or 0 in (size for pair in found.values() for size in pair):
+        return None
+    (here, there), *others = found.values()
+    return None if any(a * there != b * here for a, b in others) else {at: size for at, (_, size) in found.items()}
+
+
+def double_batch(key: Key) -> dict[int, int]:
+    """What ``other_batch`` says if the other call had twice the batch.
+
+    The batch is taken to be the first dimension of the first tensor, and that of others that have as many rows, or twice as
+    many, as guidance makes them.
+    """
+    shapes = [part[0] for part in key.parts[1:] if isinstance(part[0], torch.Size)]
+    batch = shapes[0][0] if shapes and shapes[0] else 0
+    return {at: 2 * shape[0] for at, shape in enumerate(shapes) if batch and shape and shape[0] in (batch, 2 * batch)}
+
+
 def describe(call: Call) -> str:
     """The tensors of a call in one line, for messages."""
     return ", ".join(f"{str(t.dtype)[6:]}[{', '.join(map(str, t.shape))}] on {t.device}" for t in call.tensors)

@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from math import prod
 
 import torch
 from torch import nn
 from torch.fx import Node
 
 from passes.capture import Capture, composite_modules, module_of
+from passes.sizes import Sizes, shape_at
 
 #: Patterns of module paths ("*" within a path segment, "**" for any number of them) and module types, or a predicate of
 #: (path, module).
@@ -119,16 +121,17 @@ def describe_blocks(capture: Capture, names: Sequence[str]) -> tuple[Block, ...]
     for name in _in_call_order(capture):
         if name in wanted:
             calls = [c for c in capture.calls if c.block == name]
-            outputs = tuple(tensor_info(capture.marks[slot]) for call in calls for slot in call.slots)
+            outputs = tuple(tensor_info(capture.marks[slot], capture.sizes) for call in calls for slot in call.slots)
             macs = sum(capture.macs.get(node, 0) for node in nodes[name])
             blocks.append(Block(name, _kind(nodes[name]), macs, outputs, len(calls)))
     return tuple(blocks)
 
 
-def tensor_info(node: Node) -> TensorInfo:
-    """Shape, dtype and bytes of a node's value, from its fake tensor."""
+def tensor_info(node: Node, sizes: Sizes) -> TensorInfo:
+    """Shape, dtype and bytes of a node's value, from its fake tensor. sizes: of the symbols in its shape."""
     value = node.meta["val"]
-    return TensorInfo(tuple(value.shape), value.dtype, value.numel() * value.element_size())
+    shape = shape_at(value, sizes)
+    return TensorInfo(shape, value.dtype, prod(shape) * value.element_size())
 
 
 def _in_call_order(capture: Capture) -> list[str]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.macs import count_macs
+from passes.sizes import Sizes, guards_of, read_at_the_inputs, solve, symbols_of
 
 _LIBRARY = torch.library.Library("maskcompile", "DEF")
 _LIBRARY.define("mark(Tensor x, str block, int call, int index) -> Tensor")
@@ -71,7 +72,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Capture:
-    """A denoiser captured at one input signature.
+    """A denoiser captured at one input signature, or at one for any batch.
 
     graph_module: functional aten graph with marks; its parameters are the model's own Parameter objects.
     inputs: the placeholder of each tensor leaf of ``(args, kwargs)``, in pytree order.
@@ -81,6 +82,8 @@ class Capture:
     opaque: marked modules that were called and returned no tensor that pytree can see; they cannot be blocks.
     marks: the mark node of each slot.
     macs: multiply-accumulates of each node that has any.
+    sizes: of the symbols in the shapes of the graph, at the call that it is looked at for; empty in a capture for one batch.
+    guards: what it takes for granted of them. See ``passes.sizes``.
     """
 
     graph_module: GraphModule
@@ -92,6 +95,8 @@ class Capture:
     opaque: frozenset[str]
     marks: Mapping[Slot, Node]
     macs: Mapping[Node, int]
+    sizes: Sizes = field(default_factory=dict)
+    guards: tuple[Any, ...] = ()
 
 
 def composite_modules(model: nn.Module) -> list[str]:
@@ -115,31 +120,39 @@ def _ends(path: str) -> list[int]:
     return [i for i, character in enumerate(path) if character == "."] + [len(path)] if path else []
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], marked: Iterable[str]) -> Capture:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    marked: Iterable[str],
+    batch: Mapping[int, int] | None = None,
+) -> Capture:
     """Capture ``model(*args, **kwargs)`` with the outputs of the ``marked`` modules as marks.
+
+    batch: capture for any batch: which tensors, by their positions in pytree order, have it as their first dimension, with what
+    that is at another batch. The denoiser is captured at that other one where the given one is 1, and both are checked.
 
     The model is run once before (some denoisers fill caches of constants at their first call, which must not happen under
     fake tensors), and left as it was: hooks removed, attributes and buffers restored. The captured graph is checked against
     that run.
 
-    Raises CaptureError when the denoiser cannot be exported, writes to its buffers or inputs, or gives other values once
-    captured; whatever the model itself raises on these inputs is raised as it is.
+    Raises CaptureError when the denoiser cannot be exported, writes to its buffers or inputs, gives other values once captured,
+    or depends on its batch; whatever the model itself raises on these inputs is raised as it is.
     """
     name = type(model).__name__
-
-    def inputs() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Clones, because export takes one tensor given twice for one input, and because the model may write to them.
-        cloned: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, Tensor.clone, (tuple(args), dict(kwargs)))
-        return cloned
+    given = {} if batch is None else {i: t.shape[0] for i, t in enumerate(_tensors(args, kwargs)) if i in batch}
+    at, other = (batch, given) if batch is not None and 1 in given.values() else (given, batch)
 
     with torch.inference_mode(False), torch.no_grad():
-        own_args, own_kwargs = inputs()
+        own_args, own_kwargs = _cloned(args, kwargs, at)
         with kept_state(model):
             expected = model(*own_args, **own_kwargs)
-        own_args, own_kwargs = inputs()
+        own_args, own_kwargs = _cloned(args, kwargs, at)
         with kept_state(model), _marking(model, set(marked)) as trail:
             try:
-                exported = torch.export.export(model, own_args, own_kwargs, strict=False)
+                exported = torch.export.export(
+                    model, own_args, own_kwargs, strict=False, dynamic_shapes=_symbolic(own_args, own_kwargs, at)
+                )
                 exported = exported.run_decompositions({})
             except Exception as error:
                 raise CaptureError(_describe(model, error, trail.open)) from error
@@ -152,7 +165,87 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ma
         assert out_spec is not None
         captured = _read(graph_module, own_args, own_kwargs, out_spec, trail.calls)
         _check(captured, own_args, own_kwargs, expected, name)
+        if batch is not None:
+            captured = _any_batch(captured, own_args, own_kwargs, name)
+            own_args, own_kwargs = _cloned(args, kwargs, other or {})
+            if sizes_of(captured, _tensors(own_args, own_kwargs)) is not None:
+                check_call(captured, model, own_args, own_kwargs)
     return captured
+
+
+def sizes_of(captured: Capture, tensors: Sequence[Tensor]) -> dict[Any, int] | None:
+    """The sizes of a call, given its tensors; None for a call that the capture does not serve.
+
+    A capture for any batch is not known to serve one where a size is 1 until ``check_call`` says so.
+    """
+    return solve(captured.inputs, [tensor.shape for tensor in tensors], captured.guards)
+
+
+def check_call(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises CaptureError where the captured graph returns something else than the model for these arguments."""
+    with torch.inference_mode(False), torch.no_grad():
+        own_args, own_kwargs = _cloned(args, kwargs, {})
+        with kept_state(model):
+            expected = model(*own_args, **own_kwargs)
+        own_args, own_kwargs = _cloned(args, kwargs, {})
+        _check(captured, own_args, own_kwargs, expected, type(model).__name__)
+
+
+def resized(captured: Capture, sizes: Sizes) -> Capture:
+    """The capture for a call of other sizes, with its multiply-accumulates."""
+    return replace(captured, sizes=sizes, macs=count_macs(captured.graph_module, sizes))
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(leaf, Tensor)]
+
+
+def _cloned(args: Sequence[Any], kwargs: Mapping[str, Any], rows: Mapping[int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with clones of the tensors, of which those in ``rows`` have as many rows, repeated from the start.
+
+    Clones, because export takes one tensor given twice for one input, and because the model may write to them.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for position, place in enumerate(places):
+        tensor = leaves[place]
+        if rows.get(position, 0) in (0, tensor.shape[0] if tensor.dim() else 0):
+            leaves[place] = tensor.clone()
+        else:
+            times = -(-rows[position] // tensor.shape[0])
+            leaves[place] = torch.cat([tensor] * times)[: rows[position]].clone()  # keeps the memory format
+    cloned: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    return cloned
+
+
+def _symbolic(args: Sequence[Any], kwargs: Mapping[str, Any], at: Mapping[int, int]) -> Any:
+    """What torch.export takes for the first dimensions of the tensors at these positions being symbols."""
+    if not at:
+        return None
+    shapes = torch.export.ShapesCollection()
+    for position, tensor in enumerate(_tensors(args, kwargs)):
+        if position in at:
+            shapes[tensor] = {0: torch.export.Dim.AUTO}
+    return shapes
+
+
+def _any_batch(captured: Capture, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Capture:
+    """A capture just made, with what is known of its symbols."""
+    nodes = captured.graph_module.graph.nodes
+    values = [node.meta["val"] for node in captured.inputs]
+    try:
+        if not symbols_of(values):
+            raise ValueError("its forward is another one for each")
+        read_at_the_inputs(captured.graph_module, captured.inputs)
+        if symbols_of([node.meta.get("val") for node in nodes]) - symbols_of(values):
+            raise ValueError("the values of its tensors decide on the shapes of others")
+    except ValueError as error:
+        raise CaptureError(f"{name} cannot be captured for any batch: {error}.") from None
+    captured = replace(captured, guards=guards_of(values))
+    sizes = sizes_of(captured, _tensors(args, kwargs))
+    if sizes is None:
+        raise CaptureError(f"{name} cannot be captured for any batch: what torch.export assumes is not even so at this one.")
+    return resized(captured, sizes)
 
 
 @dataclass
@@ -299,7 +392,7 @@ def _read(
         calls=kept,
         opaque=frozenset(c.block for c in calls if not c.slots),
         marks=marks,
-        macs=count_macs(graph_module),
+        macs={} if any(symbols_of(node.meta["val"]) for node in inputs) else count_macs(graph_module),
     )
 
 

@@ -83,7 +83,7 @@ def slot_dependencies(capture: Capture, blocks: Iterable[str]) -> Slots:
         for c in capture.calls
         if c.block in chosen and c.slots
     )
-    outputs = {slot: tensor_info(node) for node, slot in cuts.items()}
+    outputs = {slot: tensor_info(node, capture.sizes) for node, slot in cuts.items()}
     size = {slot: output.bytes for slot, output in outputs.items()}
     dtype = {slot: output.dtype for slot, output in outputs.items()}
     return Slots(needs, work, size, dtype, calls, dict(capture.macs))
@@ -127,7 +127,7 @@ def block_dependencies(capture: Capture, blocks: Sequence[Block]) -> nx.DiGraph:
     graph = nx.DiGraph()
     for block in blocks:
         graph.add_node(block.name, kind=block.kind, macs=block.macs, bytes=sum(o.bytes for o in block.outputs))
-    graph.add_node(OUTPUT, kind="output", macs=0, bytes=sum(tensor_info(n).bytes for n in result_nodes(capture)))
+    graph.add_node(OUTPUT, kind="output", macs=0, bytes=sum(tensor_info(n, capture.sizes).bytes for n in result_nodes(capture)))
     origin: dict[Node, frozenset[str]] = {}
     readable = dict(zip(capture.inputs, capture.names, strict=True))
     marked = {mark: slot.block for slot, mark in capture.marks.items() if slot.block in names}

@@ -10,23 +10,38 @@ from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from passes.sizes import Sizes, shape_at, value_at
 
-def count_macs(graph_module: GraphModule) -> dict[Node, int]:
-    """MACs of each node of an exported graph that has any, from the fake tensors in ``node.meta["val"]``."""
+
+def count_macs(graph_module: GraphModule, sizes: Sizes | None = None) -> dict[Node, int]:
+    """MACs of each node of an exported graph that has any, from the fake tensors in ``node.meta["val"]``.
+
+    sizes: of the symbols in their shapes, where there are any.
+    """
     values = [node.meta["val"] for node in graph_module.graph.nodes if "val" in node.meta]
     fake_mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
     macs: dict[Node, int] = {}
     if fake_mode is None:
         return macs
+    if sizes:
+        fake_mode = FakeTensorMode()
     attributes: dict[str, Any] = {}
+
+    def sized(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            strides = [value_at(stride, sizes or {}) for stride in value.stride()]
+            return torch.empty_strided(shape_at(value, sizes or {}), strides, dtype=value.dtype, device=value.device)
+        return value_at(value, sizes or {}) if isinstance(value, torch.SymInt) else value
 
     def value_of(node: Node) -> Any:
         if "val" in node.meta:
-            return node.meta["val"]
+            return pytree.tree_map(sized, node.meta["val"]) if sizes else node.meta["val"]
         if node.target not in attributes:
             tensor = _attribute(graph_module, str(node.target))
             attributes[str(node.target)] = fake_mode.from_tensor(tensor, static_shapes=True)

@@ -8,21 +8,26 @@ so a specialised graph is a selection of the regions of its capture. Regions tha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import getitem
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 
 from passes.capture import MARK, Capture
 from passes.dependencies import result_nodes
 from passes.plan import GraphKey
+from passes.sizes import Sizes, is_size, symbols_of
 from passes.specialise import extrapolate, scalar_like
 
 
@@ -31,7 +36,8 @@ class Region:
     """nodes: in an order in which they can be executed. outputs: what others read of them.
 
     inputs: what it reads of other regions and of the denoiser's inputs. extrapolated: those of them that enter as two versions
-    and a coefficient (see ``passes.reuse``). weights: the parameters and buffers that it reads, ``get_attr`` nodes.
+    and a coefficient (see ``passes.reuse``). weights: the parameters and buffers that it reads, ``get_attr`` nodes. Sizes are
+    not among what it reads: those of the call are known to whoever executes it.
     """
 
     nodes: tuple[Node, ...]
@@ -153,36 +159,81 @@ def renames(region: Region) -> bool:
 
 
 def region_graph(region: Region, capture: Capture) -> GraphModule:
-    """The graph ``(*inputs, *weights) -> outputs`` of a region, which holds no weights itself.
+    """The graph ``(*inputs, *weights, *sizes) -> outputs`` of a region, which holds no weights itself.
 
-    What is extrapolated enters as its newer version, the one before that, and the coefficient, a scalar.
+    What is extrapolated enters as its newer version, the one before that, and the coefficient, a scalar. sizes: ``sizes_read``.
+    A region with any has a ShapeEnv of its own, in which they are ``capture.sizes`` as an example, and which tells afterwards
+    what a compiler took for granted of them; it does not start from their being above 1, as that of torch.export does.
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
+    symbols = sizes_read(region, capture)
+    fake = _static(capture) if not symbols else _symbolic({symbol: capture.sizes[symbol] for symbol in symbols})
 
-    mode = detect_fake_mode([node.meta.get("val") for node in capture.graph_module.graph.nodes])
-
-    def enter(like: Tensor) -> Node:
+    def enter(like: Any) -> Node:
         node = graph.placeholder(f"input_{len(graph.nodes)}")
         node.meta["val"] = like
         return node
 
     for node in (*region.inputs, *region.weights):
         value = value_of(node, capture)
-        copies[node] = enter(value if mode is None else mode.from_tensor(value, static_shapes=True))
+        copies[node] = enter(fake(value))
         if node in region.extrapolated:
-            copies[node] = extrapolate(graph, (copies[node], enter(value)), enter(scalar_like(value)))
+            copies[node] = extrapolate(graph, (copies[node], enter(fake(value))), enter(fake(scalar_like(value))))
+    given = {symbol: enter(fake(size)) for symbol, size in symbols.items()}
     for node in region.nodes:
-        copies[node] = copies[_marked(node)] if node.target is MARK else graph.node_copy(node, copies.__getitem__)
+        if is_size(node) and node.target is torch.ops.aten.sym_size.int:
+            copies[node] = given[node.meta["val"].node.expr]
+        else:
+            copies[node] = copies[_marked(node)] if node.target is MARK else graph.node_copy(node, copies.__getitem__)
     outputs = []
     for node in region.outputs:
         value, copy = value_of(node, capture), copies[node]
         if node not in region.inputs and node.meta["val"].stride() != value.stride():
             copy = graph.call_function(torch.ops.aten.clone.default, (copy,))
-        copy.meta["example_value"] = value  # where Inductor looks for the fake mode
+        copy.meta["example_value"] = fake(value)  # where Inductor looks for the fake mode
         outputs.append(copy)
     graph.output(tuple(outputs))
     return GraphModule(torch.nn.Module(), graph, class_name="Region")
+
+
+def sizes_read(region: Region, capture: Capture) -> dict[Any, torch.SymInt]:
+    """The symbols that a region needs the values of, in one order, with the size that each is."""
+    own = [node.meta.get("val") for node in (*region.inputs, *region.nodes)]
+    found = symbols_of(own) if capture.sizes else set()
+    sizes = [size for node in capture.inputs for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
+    plain = {size.node.expr: size for size in sizes if size.node.expr.is_Symbol}
+    return {symbol: plain[symbol] for symbol in capture.sizes if symbol in found}
+
+
+def _static(capture: Capture) -> Callable[[Any], Any]:
+    """Makes tensors fake, in the mode of those of the capture."""
+    mode = detect_fake_mode([node.meta.get("val") for node in capture.graph_module.graph.nodes])
+    return lambda value: value if mode is None else mode.from_tensor(value, static_shapes=True)
+
+
+def _symbolic(sizes: Sizes) -> Callable[[Any], Any]:
+    """Makes tensors fake, and sizes symbolic, in a mode of their own; symbols have the values that are given."""
+    environment = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+    mode = FakeTensorMode(shape_env=environment)
+    renamed = {}
+    for position, (symbol, size) in enumerate(sizes.items()):
+        source = ConstantSource(f"batch{position}")
+        renamed[symbol] = environment.create_symbol(size, source, DimDynamic.DYNAMIC)
+        torch._check(environment.create_symintnode(renamed[symbol], hint=size, source=source) >= 1)
+    hints = {renamed[symbol]: sympy.Integer(size) for symbol, size in sizes.items()}
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            expression = value.node.expr.xreplace(renamed)
+            return environment.create_symintnode(expression, hint=int(expression.xreplace(hints)))
+        if isinstance(value, FakeTensor):  # of the mode that it was captured in
+            shape, strides = [fake(size) for size in value.shape], [fake(stride) for stride in value.stride()]
+            with mode:
+                return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+    return fake
 
 
 def only_views(graph_module: GraphModule) -> bool:
@@ -194,14 +245,22 @@ def structure(region: Region, capture: Capture) -> str:
     """The same text for regions that do the same on inputs and weights of the same shapes, strides, dtypes and devices."""
     names: dict[Node, str] = {}
     lines = []
+    symbols = {symbol: sympy.Symbol(f"S{position}") for position, symbol in enumerate(sizes_read(region, capture))}
+
+    def sizes(values: Iterable[int | torch.SymInt]) -> list[Any]:
+        return [size if isinstance(size, int) else size.node.expr.xreplace(symbols) for size in values]
+
     for node in (*region.inputs, *region.weights):
         names[node] = f"%i{len(names)}"
         value = value_of(node, capture)
         entering = "extrapolated" if node in region.extrapolated else ""
-        lines.append(f"{names[node]} {value.dtype}{list(value.shape)}{list(value.stride())} {value.device} {entering}")
+        lines.append(f"{names[node]} {value.dtype}{sizes(value.shape)}{sizes(value.stride())} {value.device} {entering}")
     for node in region.nodes:
         if node.target is MARK:
             names[node] = names[_marked(node)]
+            continue
+        if is_size(node) and node.target is torch.ops.aten.sym_size.int:
+            names[node] = str(symbols[node.meta["val"].node.expr])
             continue
         names[node] = f"%v{len(names)}"
         lines.append(f"{names[node]} = {node.target}{map_arg((node.args, node.kwargs), names.__getitem__)}")
@@ -223,11 +282,12 @@ def value_of(node: Node, capture: Capture) -> Tensor:
 
 
 def divisible(capture: Capture) -> bool:
-    """Whether a capture can be divided into regions: nothing but tensors passes between its operations."""
+    """Whether a capture can be divided into regions: nothing but tensors and sizes passes between its operations."""
     for node in capture.graph_module.graph.nodes:
         if node.op in ("call_function", "get_attr") and node.users:  # the others are checks of metadata
             value = _attribute(node, capture) if node.op == "get_attr" else node.meta.get("val")
-            if not all(isinstance(part, Tensor) for part in (value if isinstance(value, (tuple, list)) else [value])):
+            parts = value if isinstance(value, (tuple, list)) else [value]
+            if not is_size(node) and not all(isinstance(part, Tensor) for part in parts):
                 return False
     return True
 
@@ -258,7 +318,9 @@ def _homes(graph: Graph, roots: set[Node]) -> dict[Node, set[Node]]:
 
 
 def _repeatable(node: Node) -> bool:
-    """Views: each region that reads one makes its own, so that what leaves a region is a tensor in memory."""
+    """Views: each region that reads one makes its own, so that what leaves a region is a tensor in memory. Likewise sizes."""
+    if is_size(node):
+        return True
     return node.target is getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
 
 
@@ -272,7 +334,13 @@ def _marked(mark: Node) -> Node:
 
 def _region(nodes: Sequence[Node], outputs: Sequence[Node]) -> Region:
     own = set(nodes)
-    read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own)
+    read = dict.fromkeys(
+        source
+        for node in nodes
+        if node.target is not torch.ops.aten.sym_size.int
+        for source in node.all_input_nodes
+        if source not in own
+    )
     return Region(
         nodes=tuple(nodes),
         inputs=tuple(node for node in read if node.op != "get_attr"),
