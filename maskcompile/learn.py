@@ -117,7 +117,7 @@ def learn(
         }  # fmt: skip
         memo = Memo(checkpoint, settings, writes=processes.rank == 0)
         memo.results = processes.first(memo.results)  # others may not see the file
-        relaxed = RelaxedDenoiser(model, program.names, {first.key: program.capture})
+        relaxed = RelaxedDenoiser(model, program.names)
         with tqdm(desc="learning", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
             learning = _Learning(recordings, program, template, budget, shares, relaxed, memo, processes, bar)
             if isinstance(options, Paper):

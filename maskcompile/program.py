@@ -10,10 +10,11 @@ import networkx as nx
 from torch import nn
 from torch.fx import GraphModule
 
+from maskcompile.captures import capture_once
 from maskcompile.mask import hash_blocks
 from maskcompile.signature import bind, check_capturable
 from passes.blocks import Block, BlockSelection, default_blocks, describe_blocks, select_modules
-from passes.capture import Capture, capture
+from passes.capture import Capture
 from passes.dependencies import Slots, block_dependencies, slot_dependencies
 
 
@@ -86,7 +87,8 @@ def trace(model: nn.Module, *args: Any, blocks: BlockSelection | None = None, **
     """
     check_capturable(model)
     call = bind(model, args, kwargs)
-    captured = capture(model, call.args, call.kwargs, select_modules(model, blocks))
-    names = default_blocks(captured, model) if blocks is None else select_modules(model, blocks)
-    described = describe_blocks(captured, names)
-    return Program(type(model).__name__, described, hash_blocks(model, [b.name for b in described]), captured)
+    chosen = select_modules(model, blocks)
+    found = capture_once(model, call, chosen).capture
+    names = default_blocks(found, model) if blocks is None else chosen
+    described = describe_blocks(found, names)
+    return Program(type(model).__name__, described, hash_blocks(model, [b.name for b in described]), found)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from maskcompile.captures import capture_once
 from maskcompile.compile import Backend, Executable, compile_graph, compile_region, save_compiled
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.link import link
@@ -47,7 +48,7 @@ from maskcompile.signature import (
 )
 from maskcompile.steps import Graph, Schedule, Step
 from passes.buffers import share_buffers
-from passes.capture import Capture, CaptureError, Slot, capture, check_call, composite_modules, resized, sizes_of
+from passes.capture import Capture, CaptureError, Slot, check_call, composite_modules, resized, sizes_of
 from passes.dependencies import Slots, result_nodes, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
@@ -384,11 +385,9 @@ class OptimizedDenoiser(nn.Module):
 
     def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> _Captured:
         check_capturable(self.original)
-        before = fingerprint(self.original)
         start = time.perf_counter()
-        marked = {*composite_modules(self.original), *self._marked}
         try:
-            captured = capture(self.original, call.args, call.kwargs, marked, batch)
+            made = capture_once(self.original, call, self._marked, batch)
         except CaptureError:
             raise
         except Exception as error:
@@ -397,21 +396,21 @@ class OptimizedDenoiser(nn.Module):
                 f"{type(self.original).__name__} (weights {', '.join(weights)}) does not run on these inputs "
                 f"({describe(call)}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
-        check_blocks(captured, self._mask)
+        check_blocks(made.capture, self._mask)
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)
-        self._volatile |= changes(before, self._fingerprint)
+        self._volatile |= made.volatile
         found = _Captured(
-            captured,
+            made.capture,
             call.key,
             describe(call),
             time.perf_counter() - start,
-            _assembler(captured),
-            self._regions and divisible(captured),
+            _assembler(made.capture),
+            self._regions and divisible(made.capture),
         )
         if batch is None:
             return found
-        sizes = sizes_of(captured, call.tensors)
+        sizes = sizes_of(made.capture, call.tensors)
         if sizes is None:
             raise CaptureError(f"{type(self.original).__name__} cannot be captured for any batch at {describe(call)}.")
         return _resized(found, sizes, call)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from maskcompile.captures import capture_once
 from maskcompile.learning.recording import RecordedCall
 from maskcompile.signature import Call, Key
-from passes.capture import Capture, Slot, capture, composite_modules
+from passes.capture import Capture, Slot
 from passes.plan import GraphKey
 from passes.relax import blendable, relax
 from passes.reuse import recall
@@ -33,9 +34,8 @@ class _Graphs:
 class RelaxedDenoiser:
     """The graphs of a denoiser that learning needs, made once for each input signature. Weights get no gradients."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], known: Mapping[Key, Capture]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
         self.model, self.blocks = model, tuple(blocks)
-        self.known = dict(known)
         self.graphs: dict[Key, _Graphs] = {}
 
     def observe(self, calls: Sequence[RecordedCall]) -> Features:
@@ -79,14 +79,11 @@ class RelaxedDenoiser:
     def _of(self, call: Call) -> _Graphs:
         graphs = self.graphs.get(call.key)
         if graphs is None:
-            captured = self.known.get(call.key)
-            if captured is None:
-                marked = {*composite_modules(self.model), *self.blocks}
-                captured = capture(self.model, call.args, call.kwargs, marked)
-            slots = blendable(captured, self.blocks)
-            observed = specialise(captured, GraphKey((), slots, 0))
-            results = sum(isinstance(leaf, torch.fx.Node) for leaf in captured.outputs)
-            graphs = _Graphs(captured, slots, observed, relax(captured, self.blocks), results)
+            found = capture_once(self.model, call, self.blocks).capture
+            slots = blendable(found, self.blocks)
+            observed = specialise(found, GraphKey((), slots, 0))
+            results = sum(isinstance(leaf, torch.fx.Node) for leaf in found.outputs)
+            graphs = _Graphs(found, slots, observed, relax(found, self.blocks), results)
             self.graphs[call.key] = graphs
         return graphs
 
