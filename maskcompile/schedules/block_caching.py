@@ -24,9 +24,9 @@ def block_caching(
 ) -> Mask:
     """Each block computes again where its changes since it last did add up to more than ``threshold``.
 
-    "Cache Me if You Can" (Wimbauer et al. 2023, arXiv 2312.03209), section 3, the automatic schedule: with L1rel(i, t) the
-    relative absolute change of block i from one step to the next, averaged over calibration runs, what was computed at step
-    t_a is reused up to the last t_b for which the sum of L1rel(i, t) over the steps since t_a is at most delta. changes: see
+    "Cache Me if You Can" (Wimbauer et al. 2023, arXiv 2312.03209), the automatic schedule: with L1rel(i, t) the relative
+    absolute change of block i from one step to the next, averaged over calibration runs, what was computed at step t_a is
+    reused up to the last t_b for which the sum of L1rel(i, t) over the steps since t_a is at most delta, the threshold. changes: see
     ``measure_changes``; ``distance=1`` is enough. The paper's scale-shift adjustment, which is trained, is no part of a mask.
     """
     check_warmup(warmup)

@@ -57,8 +57,8 @@ def measure_changes(
 ) -> Changes:
     """Run ``sample(seed)`` for each seed and measure the changes of the program's blocks over 1 to ``distance`` steps.
 
-    L1rel of block caching (Wimbauer et al. 2023, arXiv 2312.03209, section 3) and the layer representation error of SmoothCache
-    (Liu et al. 2024, arXiv 2411.10510, section 3): the L1 norm of the difference over that of the newer output, over the whole
+    L1rel of block caching (Wimbauer et al. 2023, arXiv 2312.03209) and the layer representation error of SmoothCache (Liu et
+    al. 2024, arXiv 2411.10510): the L1 norm of the difference over that of the newer output, over the whole
     batch, averaged over seeds and over the calls of a step. sample, timestep: as in ``learn``. Outputs of the last
     ``distance`` steps are held, of every block. Raises ValueError for a pass that never calls
     the denoiser or goes through its timesteps both ways, and where seeds differ in their timesteps.

@@ -27,7 +27,7 @@ def delta_dit(
 ) -> Mask:
     """Everything at every ``interval``-th step; in between, ``cached`` layers are reused: rear ones early, front ones late.
 
-    Delta-DiT (Chen et al. 2024, arXiv 2406.01125), section 3: Delta-Cache skips a range of N_c layers F and adds to its input
+    Delta-DiT (Chen et al. 2024, arXiv 2406.01125): Delta-Cache skips a range of N_c layers F and adds to its input
     what F added at the last step s that computed it, F(x_t) = x_t + (F(x_s) - x_s). Front layers make the outline and
     rear ones the details, so that the rear ones are skipped before the boundary b and the front ones after it.
 

@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 
 from maskcompile.mask import Mask, MaskError
 from maskcompile.program import Program
-from maskcompile.schedules.layers import layer_types
 from maskcompile.schedules.masks import check_warmup, schedule_mask
 from passes.rectify import Compute
 
@@ -33,9 +32,9 @@ def l2c(
 ) -> Mask:
     """The layers that a learned router computes, at every second step; everything at the others.
 
-    L2C (Ma et al. 2024, arXiv 2406.01733), section 3: a router gives each layer a score for each step at which layers may be
-    reused, and at inference a layer computes where its score is over a threshold (0.1 for the published routers of
-    DiT-XL/2 256). Layers are the attention (index 2j) and the MLP (2j + 1) of the j-th transformer block; here attention and
+    L2C (Ma et al. 2024, arXiv 2406.01733): at a step s after a full step m, layer i gives b_i f_i(x_s) + (1 - b_i) f_i(x_m). In
+    training b_i is a learned score, the router's; at inference it is 1 where that is over a threshold (0.1 for the published
+    routers of DiT-XL/2 256) and 0 elsewhere. Layers are the attention (index 2j) and the MLP (2j + 1) of the j-th transformer block; here attention and
     feed-forward blocks in call order. Steps are indexed as in the respaced diffusion, 0 the least noisy, so that a run
     visits rows from last to first; odd rows compute everything, whatever their scores, and an even one reuses what the row
     before it in the run computed.
@@ -48,8 +47,8 @@ def l2c(
     check_warmup(warmup)
     steps = tuple(timesteps)
     rows = _rows(router)
-    kinds = [{"feed_forward": "feed_forward"}.get(kind, "attention") for kind in layer_types(program)]
-    if kinds != ["attention", "feed_forward"] * (len(kinds) // 2) or "convolution" in layer_types(program):
+    kinds = [block.kind for block in program.blocks]
+    if kinds != ["attention", "feed_forward"] * (len(kinds) // 2):
         raise MaskError(
             f"a router's layers are attention and MLP in turn; the blocks of {program.denoiser} are not. "
             "Trace it with blocks= that take these."

@@ -30,9 +30,9 @@ def smoothcache(
 ) -> Mask:
     """All layers of a type reuse their outputs over as many steps as keep their mean calibrated error within ``threshold``.
 
-    SmoothCache (Liu et al. 2024, arXiv 2411.10510), section 3: from a computed step i, the layers of one type reuse it for the
-    largest k <= ``longest`` steps for which their mean relative L1 error between steps i and i + k is at most the threshold
-    alpha; step i + k + 1 computes again. As in the authors' package, the last step computes everything. Layer types are
+    SmoothCache (Liu et al. 2024, arXiv 2411.10510): from a computed step i, the layers j of one type reuse it for the largest
+    k <= ``longest`` steps (the maximum caching interval) for which mean_j(|y_j(i + k) - y_j(i)| / |y_j(i + k)|) <= alpha, in
+    the L1 norm; step i + k + 1 computes again. As in the authors' package, the last step computes everything. Layer types are
     self-attention (spatial and temporal apart), cross-attention, feed-forward and convolution; with
     ``mc.trace(..., blocks=...)`` others can be left out. changes: of a few runs, see ``measure_changes``.
     """

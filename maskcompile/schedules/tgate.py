@@ -26,8 +26,8 @@ def tgate(
 ) -> Mask:
     """Cross-attention computes at the first ``gate`` steps and is reused at all later ones.
 
-    T-GATE (Zhang et al. 2024, arXiv 2404.02747), section 4: cross-attention converges after a few steps, the gate step m, and
-    its output at the last of them stands for all later ones. The extension of the authors' package to self-attention:
+    T-GATE (Zhang et al. 2024, arXiv 2404.02747): cross-attention converges within a few steps, up to the gate step m, and
+    C_i = C_(m - 1) stands for its output at all steps i >= m. The extension of the authors' package to self-attention:
     between ``warmup`` and the gate (the semantics-planning phase) it computes at every ``planning``-th step, from the gate on
     (the fidelity-improving phase) at every ``improving``-th, counted from the start of the run; 1, as in the paper, is always.
 
