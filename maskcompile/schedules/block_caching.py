@@ -26,8 +26,9 @@ def block_caching(
 
     "Cache Me if You Can" (Wimbauer et al. 2023, arXiv 2312.03209), the automatic schedule: with L1rel(i, t) the relative
     absolute change of block i from one step to the next, averaged over calibration runs, what was computed at step t_a is
-    reused up to the last t_b for which the sum of L1rel(i, t) over the steps since t_a is at most delta, the threshold. changes: see
-    ``measure_changes``; ``distance=1`` is enough. The paper's scale-shift adjustment, which is trained, is no part of a mask.
+    reused up to the last t_b for which the sum of L1rel(i, t) over the steps since t_a is at most delta, the threshold. The
+    paper's scale-shift adjustment, which is trained, is no part of a mask. changes: see ``measure_changes``; ``distance=1``
+    is enough.
     """
     check_warmup(warmup)
     relative = changes.of(program, 1)[0]

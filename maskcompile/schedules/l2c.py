@@ -34,10 +34,10 @@ def l2c(
 
     L2C (Ma et al. 2024, arXiv 2406.01733): at a step s after a full step m, layer i gives b_i f_i(x_s) + (1 - b_i) f_i(x_m). In
     training b_i is a learned score, the router's; at inference it is 1 where that is over a threshold (0.1 for the published
-    routers of DiT-XL/2 256) and 0 elsewhere. Layers are the attention (index 2j) and the MLP (2j + 1) of the j-th transformer block; here attention and
-    feed-forward blocks in call order. Steps are indexed as in the respaced diffusion, 0 the least noisy, so that a run
-    visits rows from last to first; odd rows compute everything, whatever their scores, and an even one reuses what the row
-    before it in the run computed.
+    routers of DiT-XL/2 256) and 0 elsewhere. Layers are the attention (index 2j) and the MLP (2j + 1) of the j-th transformer
+    block; here attention and feed-forward blocks in call order. Steps are indexed as in the respaced diffusion, 0 the least
+    noisy, so that a run visits rows from last to first; odd rows compute everything, whatever their scores, and an even one
+    reuses what the row before it in the run computed.
 
     router: scores between 0 and 1, float [steps, layers]. The published files are pickles, of logits: load one with
     ``torch.load(path, weights_only=True)["routers"]`` and pass ``torch.stack(list(of_it.values())).sigmoid()``.

@@ -28,8 +28,9 @@ def pab(
     """Attention computes at every n-th step within a window of timesteps, n by its kind, and always outside; the rest always.
 
     PAB (Zhao et al. 2024, arXiv 2408.12588): Y_i = ... = Y_(i + n - 1) = F(X_i) for the output F of attention, with a broadcast
-    range n for each kind, the longer the less it changes: spatial, temporal, cross. Steps are counted from the start of the run, as by
-    the hook of diffusers (``PyramidAttentionBroadcastConfig``). The broadcast of MLPs in the authors' code is left out.
+    range n for each kind, the longer the less it changes: spatial, temporal, cross. Steps are counted from the start of the
+    run, as by the hook of diffusers (``PyramidAttentionBroadcastConfig``). The broadcast of MLPs in the authors' code is left
+    out.
 
     ranges: n for each kind, {"spatial": 2, "temporal": 4, "cross": 6} say; a kind that is not named always computes. Kinds are
     found from the graph (``passes.attention``); attention over frames and positions together is spatial. window: timesteps
