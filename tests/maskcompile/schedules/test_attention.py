@@ -78,7 +78,8 @@ def test_pab_skips_what_the_hook_of_diffusers_skips(ranges, window):
         cross_attention_block_identifiers=(r"^transformer_blocks",), current_timestep_callback=lambda: TIMESTEPS[step[0]],
     )  # fmt: skip
     diffusers.apply_pyramid_attention_broadcast(model, config)
-    fast = mc.optimize(original, mask, backend="eager")
+    fast = optimized("latte")
+    fast.set_mask(mask)
     for i, t in enumerate(TIMESTEPS):
         step[0] = now[0] = i
         args, kwargs = inputs(t, i)
@@ -102,10 +103,19 @@ def test_kinds_without_a_block_are_named():
         mc.schedules.pab(small("dit"), [2, 1], {"spatial": 2}, {"cross": (1, 2)})
 
 
-def small(name, **selection):
+@cache
+def small(name, blocks=None):
     case = denoiser(name)
     args, kwargs = case.inputs(2, 901, 0)
-    return mc.trace(case.model, *args, **selection, **kwargs)
+    return mc.trace(case.model, *args, blocks=blocks, **kwargs)
+
+
+@cache
+def optimized(name, blocks=None):
+    """One capture for all masks of a denoiser."""
+    program = latte()[1] if name == "latte" else small(name, blocks)
+    mask = mc.Mask.full(program.names, TIMESTEPS)
+    return mc.optimize(latte()[0] if name == "latte" else denoiser(name).model, mask, backend="eager")
 
 
 @pytest.mark.parametrize(
@@ -115,10 +125,11 @@ def small(name, **selection):
 def test_tgate_reuses_what_the_package_reuses(name, gate, planning, improving, warmup):
     """Step for step by the package's scheduler and attention, with shapes kept: no halving of the batch, see ``tgate``."""
     case, timesteps = denoiser(name), tuple(range(900, 0, -90))
-    program = small(name, blocks=[Attention])
+    program = small(name, (Attention,))
     mask = mc.schedules.tgate(program, timesteps, gate, planning=planning, improving=improving, warmup=warmup)
     model = copy.deepcopy(case.model)
-    fast = mc.optimize(case.model, mask, backend="eager")
+    fast = optimized(name, (Attention,))
+    fast.set_mask(mask)
     for i, t in enumerate(timesteps):
         (x, *rest), kwargs = case.inputs(2, t, i)
         kwargs["encoder_hidden_states"] = case.inputs(2, t, 0)[1]["encoder_hidden_states"]

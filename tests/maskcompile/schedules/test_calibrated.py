@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.denoisers import denoiser, tensors_of
 DATA = Path(__file__).parents[1] / "data"
 
 
+@cache
 def trace(name):
     case = denoiser(name)
     args, kwargs = case.inputs(2, 901, 0)
@@ -186,7 +188,7 @@ def test_reading_smoothcache_files(tmp_path):
     assert not mask.compute[1:4].any()
     (tmp_path / "cut.json").write_text('{"attn": [1, 0')
     for message, schedule in (
-        ("50 numbers, 0 or 1", published),
+        ("2 numbers, 0 or 1, one for each timestep; got 50", published),
         ("not a whole JSON file", tmp_path / "cut.json"),
         ("maps layers to lists", {}),
         ("'attn1' is no block of TimmDiT", {"attn1": [1, 0]}),

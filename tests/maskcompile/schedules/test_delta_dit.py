@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ class DeltaCache:
     """A range of layers is skipped, and what it added when it last ran is added again."""
 
     def __init__(self, layers):
-        self.layers, self.deltas, self.range, self.entered = layers, {}, None, None
+        self.deltas, self.range = {}, None
         for index, layer in enumerate(layers):
             layer.forward = self.wrap(index, layer.forward)
 
@@ -82,17 +83,23 @@ def rows(interval, cached, boundary, layers):
             yield range(layers - cached, layers) if i < boundary else range(cached)
 
 
+@cache
+def residual_stream():
+    """(transformer, its program, the transformer optimised, for any mask)"""
+    model = Transformer().eval()
+    program = mc.trace(model, torch.randn(2, 5, 8), torch.full((2,), 900))
+    return model, program, mc.optimize(model, mc.Mask.full(program.names, TIMESTEPS), backend="eager")
+
+
 @pytest.mark.parametrize(("interval", "cached", "boundary"), [(2, 3, 4), (3, 1, 5), (4, 4, 0), (2, 2, 10)])
 def test_equal_to_a_delta_cache_in_a_residual_stream(interval, cached, boundary):
-    model = Transformer().eval()
-    x = torch.randn(2, 5, 8)
-    program = mc.trace(model, x, torch.full((2,), 900))
+    model, program, fast = residual_stream()
     mask = mc.schedules.delta_dit(program, TIMESTEPS, interval, cached, boundary)
     cachedly = copy.deepcopy(model)
-    cache = DeltaCache(cachedly.layers)
-    fast = mc.optimize(model, mask, backend="eager")
+    deltas = DeltaCache(cachedly.layers)
+    fast.set_mask(mask)
     for i, (t, skipped) in enumerate(zip(TIMESTEPS, rows(interval, cached, boundary, 4), strict=True)):
-        cache.range = skipped
+        deltas.range = skipped
         sample, time = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(i)), torch.full((2,), t)
         with torch.no_grad():
             theirs = cachedly(sample, time)
@@ -112,11 +119,11 @@ def test_the_gates_of_dit_are_what_differs(gates):
     args, kwargs = case.inputs(2, 900, 0)
     mask = mc.schedules.delta_dit(mc.trace(model, *args, **kwargs), TIMESTEPS, 2, 1, 5)
     cachedly = copy.deepcopy(model)
-    cache = DeltaCache(cachedly.transformer_blocks)
+    deltas = DeltaCache(cachedly.transformer_blocks)
     fast = mc.optimize(model, mask, backend="eager")
     differs = 0.0
     for i, (t, skipped) in enumerate(zip(TIMESTEPS, rows(2, 1, 5, 2), strict=True)):
-        cache.range = skipped
+        deltas.range = skipped
         args, kwargs = case.inputs(2, t, i)
         with torch.no_grad():
             theirs = tensors_of(cachedly(*args, **kwargs))[0]
@@ -136,7 +143,7 @@ def test_what_delta_dit_cannot_do():
     args, kwargs = case.inputs(2, 900, 0)
     with pytest.raises(mc.MaskError, match="UNet2DModel is no plain transformer"):
         mc.schedules.delta_dit(mc.trace(case.model, *args, **kwargs), [2, 1], 2, 1, 1)
-    program = mc.trace(Transformer().eval(), torch.randn(2, 5, 8), torch.full((2,), 900))
+    program = residual_stream()[1]
     with pytest.raises(mc.MaskError, match="cached must be 1 to 4 layers"):
         mc.schedules.delta_dit(program, [2, 1], 2, 5, 1)
     with pytest.raises(mc.MaskError, match="boundary must be 0 to 2 steps"):

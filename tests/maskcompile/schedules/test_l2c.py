@@ -28,6 +28,7 @@ def dit_xl_2():
     return mc.trace(model, z, t, class_labels=t)
 
 
+@cache
 def tiny(name="dit"):
     case = denoiser(name)
     args, kwargs = case.inputs(2, 901, 0)
