@@ -116,5 +116,5 @@ def rectify(mask: Mask, program: Program, rules: Sequence[str] = ()) -> Mask:
 
 
 def by_knowledge(program: Program, blocks: Sequence[str], compute: Compute, rules: Sequence[str]) -> Compute:
-    """``passes.knowledge.apply_knowledge`` for a program; by convention the sample is the denoiser's first tensor argument."""
-    return apply_knowledge(program.dependencies, f"input:{program.capture.names[0]}", blocks, compute, rules)
+    """``passes.knowledge.apply_knowledge`` for a program."""
+    return apply_knowledge(program.dependencies, f"input:{program.capture.sample.name}", blocks, compute, rules)

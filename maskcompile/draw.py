@@ -55,7 +55,7 @@ def block_graph(program: Program, path: str | os.PathLike[str], title: str = "")
     """
     graph = program.dependencies
     names = [block.name for block in program.blocks]
-    order = ["input:" + program.capture.names[0], *names, "output"]
+    order = ["input:" + program.capture.sample.name, *names, "output"]
     x = {name: float(i) for i, name in enumerate(order)}
     heights = sorted({_positions(block) for block in program.blocks})
     y = {block.name: 1.3 * heights.index(_positions(block)) for block in program.blocks}

@@ -1,6 +1,7 @@
 """The compiler passes: capture -> blocks -> dependencies -> reuse -> rectify -> plan -> specialise, a file and a function each.
 
-Beside them ``knowledge`` (rules that change results a little) and ``relax`` (scores in the place of decisions), for learning.
+Beside them ``knowledge`` (rules that change results a little) and ``relax`` (scores in the place of decisions), for learning,
+and ``attention`` (what attention attends to), for schedules.
 
 They know graphs, not models: nothing here imports diffusers or asks for the class of a denoiser. ``maskcompile`` is the
 package to use; this one is what it is made of.

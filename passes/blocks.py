@@ -90,7 +90,7 @@ def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 def default_blocks(capture: Capture, model: nn.Module) -> list[str]:
     """Block paths by the default rule (see the module docstring), in the order in which the denoiser calls them."""
-    dependent = _depends_on_sample(capture)
+    dependent = depends_on_sample(capture)
     heavy: dict[str, set[Node]] = {}
     for node in capture.macs:
         if node in dependent:
@@ -139,9 +139,9 @@ def _in_call_order(capture: Capture) -> list[str]:
     return list(dict.fromkeys(call.block for call in capture.calls if call.slots))
 
 
-def _depends_on_sample(capture: Capture) -> set[Node]:
-    """Nodes downstream of the noisy sample, by convention the denoiser's first tensor argument."""
-    dependent = {capture.inputs[0]}
+def depends_on_sample(capture: Capture) -> set[Node]:
+    """Nodes downstream of the noisy sample, which is one of them."""
+    dependent = {capture.sample}
     for node in capture.graph_module.graph.nodes:
         if any(source in dependent for source in node.all_input_nodes):
             dependent.add(node)

@@ -8,6 +8,7 @@ a mark node *is* the output of a block; later passes cut there, and none of them
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,6 +78,7 @@ class Capture:
     graph_module: functional aten graph with marks; its parameters are the model's own Parameter objects.
     inputs: the placeholder of each tensor leaf of ``(args, kwargs)``, in pytree order.
     names: a readable name for each of ``inputs``.
+    sample: the input that carries the noisy sample, by convention the first tensor among the parameters of ``forward``.
     outputs: the leaves of the result, a Node or a constant each; ``out_spec`` puts them together again.
     calls: the marked module calls that returned tensors which the denoiser uses, in the order in which they returned.
     opaque: marked modules that were called and returned no tensor that pytree can see; they cannot be blocks.
@@ -89,6 +91,7 @@ class Capture:
     graph_module: GraphModule
     inputs: tuple[Node, ...]
     names: tuple[str, ...]
+    sample: Node
     outputs: tuple[Any, ...]
     out_spec: pytree.TreeSpec
     calls: tuple[BlockCall, ...]
@@ -163,7 +166,8 @@ def capture(
         assert isinstance(graph_module, GraphModule)
         out_spec = exported.call_spec.out_spec
         assert out_spec is not None
-        captured = _read(graph_module, own_args, own_kwargs, out_spec, trail.calls)
+        first = _first_parameter(model, args, kwargs)
+        captured = _read(graph_module, own_args, own_kwargs, out_spec, trail.calls, first)
         _check(captured, own_args, own_kwargs, expected, name)
         if batch is not None:
             captured = _any_batch(captured, own_args, own_kwargs, name)
@@ -366,8 +370,9 @@ def _read(
     kwargs: Mapping[str, Any],
     out_spec: pytree.TreeSpec,
     calls: Sequence[BlockCall],
+    sample: int,
 ) -> Capture:
-    """Find inputs, outputs and marks in an exported module."""
+    """Find inputs, outputs and marks in an exported module. sample: which of the tensor inputs carries the noisy sample."""
     nodes = graph_module.graph.nodes
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     placeholders = [node for node in nodes if node.op == "placeholder"]
@@ -387,6 +392,7 @@ def _read(
         graph_module=graph_module,
         inputs=inputs,
         names=tuple(node.name for node in inputs),
+        sample=inputs[sample],
         outputs=tuple(pytree.tree_leaves(output.args[0])),
         out_spec=out_spec,
         calls=kept,
@@ -394,6 +400,18 @@ def _read(
         marks=marks,
         macs={} if any(symbols_of(node.meta["val"]) for node in inputs) else count_macs(graph_module),
     )
+
+
+def _first_parameter(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Which of the tensor leaves of ``(args, kwargs)`` comes first among the parameters of ``forward``.
+
+    Keywords may be given in any order: a pipeline that names all of them does not name the sample first.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(leaf, Tensor)]
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    leaves = pytree.tree_leaves(list(given.values()))
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    return next((index for index, tensor in enumerate(tensors) if tensor is first), 0)
 
 
 def _check(captured: Capture, args: Sequence[Any], kwargs: Mapping[str, Any], expected: Any, model_name: str) -> None:

@@ -100,6 +100,35 @@ def test_warm_up_steps_come_before_the_intervals():
         mc.schedules.uniform(dit, timesteps, 3, warmup=0)
 
 
+def test_every_schedule_takes_a_rule_a_clock_and_a_warm_up():
+    schedules, dit, pixart, unet = mc.schedules, trace("dit"), trace("pixart"), trace("unet2d")
+    timesteps, log_snr = tuple(range(900, 0, -90)), [float(i) for i in range(10)]
+    changes = schedules.Changes(dit.names, timesteps, np.zeros((3, 10, 4)))
+    calls = {
+        schedules.uniform: (dit, timesteps, 2),
+        schedules.deepcache: (unet, timesteps, 2),
+        schedules.l2c: (dit, timesteps, np.zeros((10, 4))),
+        schedules.smoothcache: (dit, changes, 0.1),
+        schedules.smoothcache_file: (dit, timesteps, {"attn1": [1] + [0] * 9}),
+        schedules.block_caching: (dit, changes, 0.1),
+        schedules.pab: (dit, timesteps, {"spatial": 2}),
+        schedules.tgate: (pixart, timesteps, 1),
+        schedules.delta_dit: (dit, timesteps, 2, 1, 5),
+    }
+    assert {f.__name__ for f in calls} | {"Changes", "measure_changes"} == set(schedules.__all__)
+    for schedule, arguments in calls.items():
+        mask = schedule(*arguments, warmup=3, reuse="linear", log_snr=log_snr)
+        assert mask.compute[:3].all()
+        assert not mask.compute.all()
+        assert set(mask.reuse) == {"linear"}
+        assert mask.log_snr == tuple(log_snr)
+        assert mask.timesteps == timesteps
+        assert mask.provenance["schedule"] == schedule.__name__
+        assert mask.block_hash == arguments[0].block_hash
+        with pytest.raises(mc.MaskError, match="warmup must be at least 1"):
+            schedule(*arguments, warmup=0)
+
+
 def test_deepcache_keeps_the_shallow_path():
     """Levels by hand: the outermost skip joins the last resnet, the next one the two beside it, and so on."""
     program = trace("unet2d")

@@ -1,10 +1,4 @@
-"""Published static schedules, as masks.
-
-Common arguments: timesteps, the values with which the denoiser is called, in sampling order. warmup: how many steps at the
-start of a run compute everything; intervals are counted from the last of them. The published schedules say 1; TaylorSeer
-(Liu et al. 2025, arXiv 2503.06923) begins with three full steps, and *linear* gains the most from it, since it extrapolates
-from the first steps. reuse, log_snr: see ``Mask``.
-"""
+"""DeepCache: the deep branch of a U-shaped denoiser at every n-th step."""
 
 from __future__ import annotations
 
@@ -12,31 +6,11 @@ from collections.abc import Iterable
 
 import networkx as nx
 import numpy as np
-import torch
 
 from maskcompile.mask import Mask, MaskError
 from maskcompile.program import Program
+from maskcompile.schedules.masks import full_steps, schedule_mask
 from passes.dependencies import OUTPUT
-from passes.rectify import Compute
-
-
-def uniform(
-    program: Program,
-    timesteps: Iterable[float],
-    interval: int,
-    *,
-    warmup: int = 1,
-    reuse: str = "hold",
-    log_snr: Iterable[float] | None = None,
-) -> Mask:
-    """Everything at every ``interval``-th step, nothing in between.
-
-    FORA (Selvaraju et al. 2024, arXiv 2407.01425), section 3: attention and MLP outputs of a DiT are recomputed at every N-th
-    step.
-    """
-    steps = tuple(timesteps)
-    compute = np.repeat(_full_steps(len(steps), interval, warmup)[:, None], len(program.blocks), 1)
-    return _mask(program, steps, compute, reuse, log_snr, schedule="uniform", interval=interval, warmup=warmup)
 
 
 def deepcache(
@@ -68,47 +42,17 @@ def deepcache(
     if not 1 <= depth < len(distinct):
         raise MaskError(f"depth must be 1 to {len(distinct) - 1} for {program.denoiser}; got {depth}.")
     shallow = np.array([levels[name] in distinct[:depth] for name in program.names], dtype=np.bool_)
-    compute = _full_steps(len(steps), interval, warmup)[:, None] | shallow[None, :]
+    compute = full_steps(len(steps), interval, warmup)[:, None] | shallow[None, :]
     schedule = {"schedule": "deepcache", "interval": interval, "depth": depth, "warmup": warmup}
-    return _mask(program, steps, compute, reuse, log_snr, **schedule)
+    return schedule_mask(program, steps, compute, reuse, log_snr, **schedule)
 
 
 def _levels(program: Program) -> dict[str, int]:
     """Blocks on the shortest way input -> block -> result, for each block that lies on any such way."""
     graph = program.dependencies
     # Only the sample counts as the input: the timestep reaches every block directly.
-    source = f"input:{program.capture.names[0]}"
+    source = f"input:{program.capture.sample.name}"
     from_input = nx.single_source_shortest_path_length(graph, source)
     to_output = nx.single_source_shortest_path_length(graph.reverse(copy=False), OUTPUT)
     far = graph.number_of_nodes() * 2
     return {name: from_input.get(name, far) + to_output.get(name, far) - 1 for name in program.names}
-
-
-def _full_steps(steps: int, interval: int, warmup: int) -> Compute:
-    if interval < 1:
-        raise MaskError(f"interval must be at least 1; got {interval}.")
-    if warmup < 1:
-        raise MaskError(f"warmup must be at least 1, since a run's first step has nothing to reuse; got {warmup}.")
-    index = np.arange(steps)
-    full: Compute = (index < warmup) | ((index - warmup + 1) % interval == 0)
-    return full
-
-
-def _mask(
-    program: Program,
-    timesteps: tuple[float, ...],
-    compute: Compute,
-    reuse: str,
-    log_snr: Iterable[float] | None,
-    **provenance: object,
-) -> Mask:
-    return Mask(
-        compute,
-        blocks=program.names,
-        timesteps=timesteps,
-        reuse=reuse,
-        log_snr=log_snr,
-        denoiser=program.denoiser,
-        block_hash=program.block_hash,
-        provenance={**provenance, "torch": torch.__version__},
-    )
