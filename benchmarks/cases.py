@@ -26,7 +26,7 @@ from benchmarks.sampling import labels, noise, psnr, with_solver
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A denoiser, and the calls of one sampling run of it.
 
@@ -132,8 +132,15 @@ def likeness(pictures: Tensor, original: Tensor) -> float:
 
 @torch.no_grad()
 def run(of: Case, denoiser: Callable[..., Any]) -> list[Tensor]:
-    """The outputs of the denoiser for every call of the case."""
-    return [denoiser(*args, **kwargs)[0] for args, kwargs in of.calls]
+    """The outputs of the denoiser for every call of the case, copied: CUDA graphs overwrite theirs."""
+    return [denoiser(*args, **kwargs)[0].clone() for args, kwargs in of.calls]
+
+
+@torch.no_grad()
+def calls(of: Case, denoiser: Callable[..., Any]) -> None:
+    """Every call of the case, nothing else."""
+    for args, kwargs in of.calls:
+        denoiser(*args, **kwargs)
 
 
 def _bundled(name: str) -> Callable[[int], tuple[Any, Any]]:

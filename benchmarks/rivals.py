@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -39,12 +39,14 @@ from benchmarks.cases import Case, run
 Restart = Callable[[], None]
 Setting = int | float
 
+_LEVELS = r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)"
+
 #: denoiser -> the modules whose outputs a cache of module outputs keeps: what our masks call blocks. The SD-shaped UNet's
 #: transformers return tuples of one, which TaylorSeer's hook gives back as a tensor; it gets what is in them.
 BLOCKS = {
     "dit": r"transformer_blocks\.\d+\.(attn1|ff)",
-    "unet": r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(resnets|attentions)\.\d+",
-    "sd": r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(resnets\.\d+|attentions\.\d+\.transformer_blocks\.\d+\.(attn1|attn2|ff))",
+    "unet": _LEVELS + r"\.(resnets|attentions)\.\d+",
+    "sd": _LEVELS + r"\.(resnets\.\d+|attentions\.\d+\.transformer_blocks\.\d+\.(attn1|attn2|ff))",
     "flux": r"transformer_blocks\.\d+\.(attn|ff|ff_context)|single_transformer_blocks\.\d+\.(attn|proj_mlp|proj_out)",
 }
 
@@ -62,7 +64,13 @@ def as_found(denoiser: torch.nn.Module) -> Iterator[None]:
     Packages differ in how much they leave behind when they are switched off: empty registries, forwards bound again.
     """
     before = [
-        (module, {name: (value, dict(value) if type(value) in (dict, OrderedDict) else None) for name, value in vars(module).items()})
+        (
+            module,
+            {
+                name: (value, dict(value) if type(value) in (dict, OrderedDict) else None)
+                for name, value in vars(module).items()
+            },
+        )
         for module in denoiser.modules()
     ]
     try:
@@ -197,6 +205,7 @@ def mag_cache(case: Case, setting: Setting) -> AbstractContextManager[Restart]:
     return _hooks(case, apply_mag_cache, config, "mag_cache_leader_block_hook", "mag_cache_block_hook")
 
 
+@cache
 def _magnitudes(case: Case) -> list[float]:
     """What MagCache's calibration prints for a run of the original."""
     config = MagCacheConfig(calibrate=True, num_inference_steps=case.steps)
