@@ -12,7 +12,7 @@ import io
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -232,7 +232,8 @@ def pyramid(case: Case, setting: Setting) -> AbstractContextManager[Restart]:
 class Rival:
     """A cache. module: what must be installed. denoisers: of ``cases.BATCH``, those it knows.
 
-    settings: for so many steps those to choose from, None for a threshold.
+    settings: for so many steps those to choose from, None for a threshold. wraps: denoiser -> the modules around which it puts
+    its cache.
     """
 
     label: str
@@ -240,6 +241,7 @@ class Rival:
     denoisers: tuple[str, ...]
     install: Callable[[Case, Setting], AbstractContextManager[Restart]]
     settings: Callable[[int], Sequence[Setting]] | None
+    wraps: Mapping[str, str]
 
     @property
     def missing(self) -> bool:
@@ -255,16 +257,17 @@ def _full_steps(steps: int) -> Sequence[Setting]:
 
 
 _TRANSFORMERS = ("dit", "flux")
+_WHOLE = dict.fromkeys(_TRANSFORMERS, r"(single_)?transformer_blocks\.\d+")
 RIVALS = {
-    "deepcache": Rival("DeepCache package", "DeepCache", ("unet", "sd"), deepcache, _intervals),
-    "smoothcache": Rival("SmoothCache", "SmoothCache", ("dit", "sd", "flux"), smoothcache, _full_steps),
+    "deepcache": Rival("DeepCache package", "DeepCache", ("unet", "sd"), deepcache, _intervals, BLOCKS),
+    "smoothcache": Rival("SmoothCache", "SmoothCache", ("dit", "sd", "flux"), smoothcache, _full_steps, BLOCKS),
     "cache-dit static": Rival(
-        "cache-dit, steps mask", "cache_dit", _TRANSFORMERS, partial(cache_dit, static=True), _full_steps
+        "cache-dit, steps mask", "cache_dit", _TRANSFORMERS, partial(cache_dit, static=True), _full_steps, _WHOLE
     ),
-    "cache-dit": Rival("cache-dit, dynamic", "cache_dit", _TRANSFORMERS, partial(cache_dit, static=False), None),
-    "taylorseer": Rival("TaylorSeer hook, order 1", "diffusers", ("dit", "unet", "sd", "flux"), taylorseer, _intervals),
-    "fbc": Rival("FirstBlockCache hook", "diffusers", _TRANSFORMERS, first_block_cache, None),
-    "magcache": Rival("MagCache hook", "diffusers", _TRANSFORMERS, mag_cache, None),
+    "cache-dit": Rival("cache-dit, dynamic", "cache_dit", _TRANSFORMERS, partial(cache_dit, static=False), None, _WHOLE),
+    "taylorseer": Rival("TaylorSeer hook, order 1", "diffusers", ("dit", "unet", "sd", "flux"), taylorseer, _intervals, BLOCKS),
+    "fbc": Rival("FirstBlockCache hook", "diffusers", _TRANSFORMERS, first_block_cache, None, _WHOLE),
+    "magcache": Rival("MagCache hook", "diffusers", _TRANSFORMERS, mag_cache, None, _WHOLE),
     # It reuses attention only, and so cannot be tuned to the others' share.
-    "pab": Rival("PAB hook", "diffusers", ("dit", "sd", "flux"), pyramid, lambda steps: (2,)),
+    "pab": Rival("PAB hook", "diffusers", ("dit", "sd", "flux"), pyramid, lambda steps: (2,), BLOCKS),
 }
