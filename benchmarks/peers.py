@@ -481,16 +481,9 @@ def table(results: list[dict[str, Any]]) -> str:
             cells += [shown("over_compiled", ".2f") + "x", shown("realised_share", ".3f"), shown("compile_s", ".0f")]
             cells += [shown("kept_mib", ".1f"), shown("psnr", ".1f")]
             lines.append(f"| {' | '.join([result['denoiser'], name, how, *cells])} |")
-    return "\n".join(
-        [
-            *lines,
-            *(
-                ["", "Ways of compiling that failed, gave other results or were slower, and what was not run:", "", *notes]
-                if notes
-                else []
-            ),
-        ]
-    )
+    if notes:
+        lines += ["", "Ways of compiling that failed, gave other results or were slower, and what was not run:", "", *notes]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
