@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Setup:
     device: str
     dtype: str
     backend: str
+    methods: tuple[str, ...] = (*OURS, *RIVALS)
 
     def case(self, batch: int | None = None) -> Case:
         return case(self.denoiser, self.steps, batch or self.batch, self.device, getattr(torch, self.dtype))
@@ -86,6 +87,12 @@ class Variant:
         return f"{self.method}/{self.compiled}"
 
 
+@cache
+def traced(of: Case) -> mc.Program:
+    args, kwargs = of.calls[0]
+    return mc.trace(of.denoiser, *args, **kwargs)
+
+
 def our_mask(of: Case, program: mc.Program, method: str) -> mc.Mask:
     """The mask of one of ``OURS``."""
     schedule, interval = SCHEDULES[of.name]
@@ -101,8 +108,7 @@ def our_mask(of: Case, program: mc.Program, method: str) -> mc.Mask:
 
 def optimised(of: Case, method: str, backend: str, **options: Any) -> mc.OptimizedDenoiser:
     args, kwargs = of.calls[0]
-    program = mc.trace(of.denoiser, *args, **kwargs)
-    fast = mc.optimize(of.denoiser, our_mask(of, program, method), backend=backend, **options)
+    fast = mc.optimize(of.denoiser, our_mask(of, traced(of), method), backend=backend, **options)
     fast.warmup(*args, **kwargs)
     return fast
 
@@ -188,8 +194,9 @@ def describe(setup: Setup) -> list[dict[str, Any]]:
     pictures = sample(of, of.denoiser) if of.trained else None
     found: list[dict[str, Any]] = [{"method": ORIGINAL, "setting": 0, "share": 1.0}]
     target = 1.0
-    rivals = [name for name, rival in RIVALS.items() if setup.denoiser in rival.denoisers]
-    for method in [*(m for m in OURS if m != "attention" or "pab" in rivals), *rivals]:
+    rivals = [name for name, rival in RIVALS.items() if setup.denoiser in rival.denoisers and name in setup.methods]
+    ours = [m for m in OURS if m == "hold" or (m in setup.methods and (m != "attention" or "pab" in rivals))]
+    for method in [*ours, *rivals]:
         if method in rivals and RIVALS[method].missing:
             module = RIVALS[method].module
             found.append({"method": method, "error": f"{module} is not installed: pip install 'maskcompile[peers]'"})
@@ -489,6 +496,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--denoisers", nargs="+", default=list(BATCH), choices=list(BATCH))
+    parser.add_argument("--methods", nargs="+", default=[*OURS, *RIVALS], choices=[*OURS, *RIVALS], help="ours is always there")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, help="pictures; default: so that a step takes 50 to 100 ms on two cores")
     parser.add_argument("--repeats", type=int, default=3)
@@ -500,13 +508,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    given = {name: getattr(options, name) for name in ("steps", "batch", "repeats", "device", "dtype", "backend")}
+    given = {name: getattr(options, name) for name in ("methods", "steps", "batch", "repeats", "device", "dtype", "backend")}
     path = options.out / "peers.json"
     done = rows.opened(path, given, options.fresh)
     for name in options.denoisers:
         if name in done:
             continue
-        setup = Setup(name, options.steps, options.batch, options.device, options.dtype, options.backend)
+        given_to_all = (options.steps, options.batch, options.device, options.dtype, options.backend)
+        setup = Setup(name, *given_to_all, tuple(options.methods))
         result = measure(setup, options.repeats, options.jobs, options.patience)
         rows.add(path, {"key": name, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
     document = json.loads(path.read_text())
