@@ -285,6 +285,7 @@ def ready_to_run(
     """
     options: dict[str, Any] = {} if variant.compiled in ("", "default") else {"mode": variant.compiled}
     if variant.method in OURS:
+        traced(of)  # for the schedule; ``optimize`` captures for itself
         start = processor_seconds()
         fast = optimised(of, variant.method, setup.backend, **options)
         calls(of, fast)
