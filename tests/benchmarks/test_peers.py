@@ -208,7 +208,8 @@ def test_what_is_kept_between_steps():
     assert kept_bytes(of, of.denoiser) == 0
     with installed(of, Variant("hold")) as (fast, _):
         program = traced(of)
-        assert kept_bytes(of, fast) == mc.cost(program, our_mask(of, program, "hold")).peak_cache_bytes
+        peak = mc.cost(program, our_mask(of, program, "hold")).peak_cache_bytes
+        assert 0 <= kept_bytes(of, fast) - peak < 1024  # and the timesteps
     if not RIVALS["smoothcache"].missing:
         with installed(of, Variant("smoothcache", 3)) as (denoiser, restart):
             restart()
