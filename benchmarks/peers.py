@@ -1,0 +1,536 @@
+"""Other caches beside ours, really run, at the same share of MACs: ``python -m benchmarks.peers``.
+
+For each denoiser of ``benchmarks.cases`` a published schedule as our mask, and every cache of ``benchmarks.rivals`` that knows
+the denoiser, its interval, number of full steps or threshold chosen so that the MACs it runs, counted over an eager run, come
+nearest to the mask's. Each runs eager, and under ``torch.compile`` in the fastest way that gives the results of its eager run:
+the whole denoiser with ``fullgraph=True``, or with graph breaks, or the blocks alone that it puts its cache around. What is
+timed are the denoiser's calls of one sampling run of the original. Each variant lives in a process of its own, with empty
+compiler caches, and the processes take turns.
+
+The realised share is (speed-up over the original, eager or compiled alike) / (MACs before / MACs after). Compiling is measured
+in processor seconds: those of a whole first run, less those of a later one. What is kept is the most that tensors hold between
+steps. PSNR is that of a sampling run to the original's, where the denoiser is trained. Writes ``peers.json`` and ``peers.md``,
+and goes on with the denoisers that are not in there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import maskcompile as mc
+from benchmarks import rows
+from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
+from benchmarks.rivals import RIVALS, Restart, Setting, as_found
+from benchmarks.timing import hardware, interleaved, ratio
+from maskcompile.files import write_whole
+
+RESULTS = Path(__file__).parent / "results"
+
+#: denoiser -> the schedule of our mask, and its interval
+SCHEDULES = {"dit": ("uniform", 2), "unet": ("deepcache", 2), "sd": ("deepcache", 2), "flux": ("uniform", 2)}
+ORIGINAL = "original"
+#: our variants: the schedule held, extrapolated, and attention alone at the schedule's interval, which is what PAB reuses
+OURS = {"hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone"}
+#: thresholds to choose from
+THRESHOLDS = tuple(float(t) for t in np.geomspace(0.001, 0.999, 60))
+#: how far a compiled run may be from the eager one, of the largest number of the outputs
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all variants of a denoiser have in common."""
+
+    denoiser: str
+    steps: int
+    batch: int | None
+    device: str
+    dtype: str
+    backend: str
+    methods: tuple[str, ...] = (*OURS, *RIVALS)
+
+    def case(self, batch: int | None = None) -> Case:
+        return case(self.denoiser, self.steps, batch or self.batch, self.device, getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """method: ``ORIGINAL``, of ``OURS`` or of ``RIVALS``. compiled: "" is eager; else what ``torch.compile`` is asked for."""
+
+    method: str
+    setting: Setting = 0
+    compiled: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}/{self.compiled}"
+
+
+@cache
+def traced(of: Case) -> mc.Program:
+    args, kwargs = of.calls[0]
+    return mc.trace(of.denoiser, *args, **kwargs)
+
+
+def our_mask(of: Case, program: mc.Program, method: str) -> mc.Mask:
+    """The mask of one of ``OURS``."""
+    schedule, interval = SCHEDULES[of.name]
+    log_snr = mc.log_snr(of.scheduler) if method == "linear" else None
+    reuse = "linear" if method == "linear" else "hold"
+    if method == "attention":
+        attention = np.array([".attn" in name for name in program.names])
+        compute = (np.arange(of.steps) % interval == 0)[:, None] | ~attention[None, :]
+        return mc.Mask(compute, blocks=program.names, timesteps=of.timesteps)
+    mask: mc.Mask = getattr(mc.schedules, schedule)(program, of.timesteps, interval, reuse=reuse, log_snr=log_snr)
+    return mask
+
+
+def optimised(of: Case, method: str, backend: str, **options: Any) -> mc.OptimizedDenoiser:
+    args, kwargs = of.calls[0]
+    fast = mc.optimize(of.denoiser, our_mask(of, traced(of), method), backend=backend, **options)
+    fast.warmup(*args, **kwargs)
+    return fast
+
+
+@contextmanager
+def installed(of: Case, variant: Variant) -> Iterator[tuple[Callable[..., Any], Restart]]:
+    """(what to call, how to begin another run) of an uncompiled variant."""
+    if variant.method in RIVALS:
+        with RIVALS[variant.method].install(of, variant.setting) as restart:
+            yield of.denoiser, restart
+    elif variant.method in OURS:
+        fast = optimised(of, variant.method, "eager")
+        yield fast, fast.reset
+    else:
+        yield of.denoiser, lambda: None
+
+
+# ---- what a method computes, keeps and draws, uncompiled --------------------------------------------------------------------
+
+
+def counted(of: Case, denoiser: Callable[..., Any]) -> int:
+    """MACs that a run really computes."""
+    with FlopCounterMode(display=False) as counter:
+        calls(of, denoiser)
+    return int(counter.get_total_flops()) // 2
+
+
+def macs(of: Case, variant: Variant) -> int:
+    """MACs that a run of the variant really computes."""
+    with installed(of, variant) as (denoiser, restart):
+        restart()
+        return counted(of, denoiser)
+
+
+def nearest(share: Callable[[Setting], float], settings: Sequence[Setting], target: float) -> Setting:
+    """The setting whose share is nearest to the target, by bisection: the share rises or falls with the settings."""
+    known = {0: share(settings[0]), len(settings) - 1: share(settings[-1])}
+    low, high = 0, len(settings) - 1
+    rising = known[high] >= known[low]
+    while high - low > 1:
+        middle = (low + high) // 2
+        known[middle] = share(settings[middle])
+        if (known[middle] < target) == rising:
+            low = middle
+        else:
+            high = middle
+    return settings[min(known, key=lambda index: abs(known[index] - target))]
+
+
+def tuned(of: Case, small: Case, method: str, target: float) -> Setting:
+    """The setting with which a rival's share of the MACs is nearest to the target.
+
+    small: the case with fewer pictures, on which schedules are counted; thresholds depend on the pictures.
+    """
+    settings = RIVALS[method].settings
+    on = of if settings is None else small
+    total = macs(on, Variant(ORIGINAL))
+    chosen = THRESHOLDS if settings is None else settings(of.steps)
+    return nearest(lambda setting: macs(on, Variant(method, setting)) / total, chosen, target)
+
+
+@torch.no_grad()
+def kept_bytes(of: Case, denoiser: Callable[..., Any]) -> int:
+    """The most bytes of tensors that are there after a step of a run, and were not before it, the step's output aside."""
+    gc.collect()
+    gc.freeze()  # what is there already is looked at no more
+    try:
+        most = 0
+        for args, kwargs in of.calls:
+            output = denoiser(*args, **kwargs)[0].untyped_storage().data_ptr()
+            found = (x.untyped_storage() for x in gc.get_objects() if type(x) is Tensor)
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in found}
+            most = max(most, sum(size for place, size in sizes.items() if place != output))
+        return most
+    finally:
+        gc.unfreeze()
+
+
+def describe(setup: Setup) -> list[dict[str, Any]]:
+    """For every method: its setting, share of the MACs, MiB kept, PSNR; or why it is not run."""
+    of, small = setup.case(), setup.case(1)
+    total = macs(of, Variant(ORIGINAL))
+    pictures = sample(of, of.denoiser) if of.trained else None
+    found: list[dict[str, Any]] = [{"method": ORIGINAL, "setting": 0, "share": 1.0}]
+    target = 1.0
+    rivals = [name for name, rival in RIVALS.items() if setup.denoiser in rival.denoisers and name in setup.methods]
+    ours = [m for m in OURS if m == "hold" or (m in setup.methods and (m != "attention" or "pab" in rivals))]
+    for method in [*ours, *rivals]:
+        if method in rivals and RIVALS[method].missing:
+            module = RIVALS[method].module
+            found.append({"method": method, "error": f"{module} is not installed: pip install 'maskcompile[peers]'"})
+            continue
+        try:
+            variant = Variant(method, tuned(of, small, method, target) if method in rivals else 0)
+            with installed(of, variant) as (denoiser, restart):
+                restart()
+                row: dict[str, Any] = {"method": method, "setting": variant.setting, "share": counted(of, denoiser) / total}
+                restart()
+                row["kept_mib"] = kept_bytes(of, denoiser) / 2**20
+                if pictures is not None:
+                    restart()
+                    row["psnr"] = likeness(sample(of, denoiser), pictures)
+            found.append(row)
+            if method == "hold":
+                target = row["share"]
+        except Exception as error:
+            found.append({"method": method, "error": one_line(error)})
+    return found
+
+
+# ---- a process for each variant ---------------------------------------------------------------------------------------------
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line that says something, after the advice that Dynamo puts around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def processor_seconds() -> float:
+    """Of this process and what it started."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@contextmanager
+def compiled(
+    of: Case, variant: Variant, how: str, backend: str, options: dict[str, Any]
+) -> Iterator[tuple[Callable[..., Any], Restart]]:
+    """(what to call, how to begin another run) of the variant under ``torch.compile``.
+
+    how: "fullgraph", "graph breaks", or "blocks": what a rival puts its cache around is compiled first, and its decisions are
+    left to Python.
+    """
+    uncompiled = Variant(variant.method, variant.setting)
+    if how == "blocks":
+        with as_found(of.denoiser):
+            for name, module in of.denoiser.named_modules():
+                if re.fullmatch(RIVALS[variant.method].wraps[of.name], name):
+                    module.forward = torch.compile(module.forward, backend=backend, **options)
+            with installed(of, uncompiled) as found:
+                yield found
+    else:
+        with installed(of, uncompiled) as (denoiser, restart):
+            yield torch.compile(denoiser, fullgraph=how == "fullgraph", backend=backend, **options), restart
+
+
+def survives(of: Case, denoiser: Callable[..., Any], restart: Restart, expected: list[Tensor]) -> tuple[float, float]:
+    """(processor seconds of the first run, seconds of a later one). Raises ValueError where results are not those expected."""
+    start = processor_seconds()
+    restart()
+    outputs = run(of, denoiser)
+    first = processor_seconds() - start
+    restart()
+    outputs += run(of, denoiser)
+    largest = max(float(x.abs().max()) for x in expected)
+    apart = max(float((a - b).abs().max()) for a, b in zip(outputs, expected * 2, strict=True)) / largest
+    if not apart < TOLERANCE[expected[0].dtype]:
+        raise ValueError(f"its results are {apart:.2g} of the largest number away from those of its eager run")
+    restart()
+    _synchronise()
+    begin = time.perf_counter()
+    calls(of, denoiser)
+    _synchronise()
+    return first, time.perf_counter() - begin
+
+
+def ready_to_run(
+    of: Case, setup: Setup, variant: Variant, stack: ExitStack
+) -> tuple[Callable[[], Any], Restart, dict[str, Any]]:
+    """(a run, how to begin another, what is to be said of the compilation), until the stack is left.
+
+    Of the ways of compiling that give the results of an eager run, the fastest. Raises RuntimeError where there is none.
+    """
+    options: dict[str, Any] = {} if variant.compiled in ("", "default") else {"mode": variant.compiled}
+    if variant.method in OURS:
+        traced(of)  # for the schedule; ``optimize`` captures for itself
+        start = processor_seconds()
+        fast = optimised(of, variant.method, setup.backend, **options)
+        calls(of, fast)
+        first = processor_seconds() - start
+        return partial(calls, of, fast), fast.reset, {"how": "regions", "first_s": first, "attempts": []}
+    with installed(of, Variant(variant.method, variant.setting)) as (denoiser, restart):
+        restart()
+        expected = run(of, denoiser)
+    if not variant.compiled:
+        denoiser, restart = stack.enter_context(installed(of, variant))
+        return partial(calls, of, denoiser), restart, {"how": "eager", "attempts": []}
+    attempts: list[str] = []
+    seconds: dict[str, tuple[float, float]] = {}
+    for how in ("fullgraph", "graph breaks", "blocks"):
+        if (how == "graph breaks" and "fullgraph" in seconds) or (how == "blocks" and variant.method == ORIGINAL):
+            continue
+        torch.compiler.reset()
+        trial = ExitStack()
+        try:
+            denoiser, restart = trial.enter_context(compiled(of, variant, how, setup.backend, options))
+            seconds[how] = survives(of, denoiser, restart, expected)
+        except Exception as error:
+            attempts.append(f"{how}: {one_line(error)}")
+        finally:
+            trial.close()
+    if not seconds:
+        raise RuntimeError("; ".join(attempts))
+    best = min(seconds, key=lambda how: seconds[how][1])
+    attempts += [
+        f"{how}: slower, {1000 * slower / of.steps:.1f} ms a step in one run against {1000 * seconds[best][1] / of.steps:.1f}"
+        for how, (_, slower) in seconds.items()
+        if how != best
+    ]
+    torch.compiler.reset()
+    denoiser, restart = stack.enter_context(compiled(of, variant, best, setup.backend, options))
+    restart()
+    calls(of, denoiser)
+    return partial(calls, of, denoiser), restart, {"how": best, "first_s": seconds[best][0], "attempts": attempts}
+
+
+def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads: int) -> None:
+    """In a process of its own: make the variant ready, then run it whenever told to. No variant: describe them all."""
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(threads)
+    stack = ExitStack()
+    try:
+        if variant is None:
+            pipe.send({"methods": describe(setup), "hardware": hardware()})
+            return
+        execute, restart, said = ready_to_run(setup.case(), setup, variant, stack)
+        restart()
+        start = processor_seconds()
+        execute()
+        said["compile_s"] = said.pop("first_s") - (processor_seconds() - start) if "first_s" in said else None
+        pipe.send(said)
+        while pipe.recv():
+            restart()
+            _synchronise()
+            pipe.send(True)
+            pipe.recv()
+            execute()
+            _synchronise()
+            pipe.send(True)
+    except EOFError:  # the other side has ended
+        return
+    except Exception as error:
+        pipe.send({"error": str(error) if type(error) is RuntimeError else one_line(error)})
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Process:
+    """One variant in its process. said: what it reported when it was ready, or an ``error``."""
+
+    def __init__(self, setup: Setup, variant: Variant | None, patience: float, threads: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.rivals", "maskcompile"])
+        self.pipe, theirs = context.Pipe()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        arguments = (theirs, setup, variant, self.folder.name, threads)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        try:
+            self.said = self.pipe.recv() if self.pipe.poll(patience) else {"error": f"not ready after {patience:.0f} s"}
+        except EOFError:
+            self.said = {"error": "its process ended"}
+        if "error" in self.said:
+            self.end()
+
+    def prepare(self) -> None:
+        self.pipe.send(True)
+        self.pipe.recv()
+
+    def run(self) -> None:
+        self.pipe.send(True)
+        self.pipe.recv()
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+        self.folder.cleanup()
+
+
+def compilations(device: str, method: str) -> tuple[str, ...]:
+    """The ways in which a method is run: rivals uncompiled and by default, the original and ours also as CUDA graphs."""
+    own = ("default", "max-autotune", "reduce-overhead") if device == "cuda" else ("default",)
+    if method == ORIGINAL:
+        return ("", *own)
+    return own if method in OURS else ("", "default")
+
+
+def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str, Any]:
+    """All variants of a denoiser, timed in turn; see the module."""
+    threads = torch.get_num_threads()
+    described = Process(setup, None, 10 * patience, threads)
+    if "error" in described.said:
+        raise RuntimeError(f"{setup.denoiser}: {described.said['error']}")
+    described.end()
+    methods = {m["method"]: m for m in described.said["methods"]}
+    variants = [
+        Variant(name, m["setting"], way)
+        for name, m in methods.items()
+        if "error" not in m
+        for way in compilations(setup.device, name)
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        started = pool.map(lambda variant: Process(setup, variant, patience, threads), variants)
+        progress = tqdm(started, total=len(variants), desc=f"{setup.denoiser}: compiling", leave=False, disable=None)
+        processes = list(progress)
+    ready = {variant: process for variant, process in zip(variants, processes, strict=True) if "error" not in process.said}
+    try:
+        times = interleaved(
+            {v.label: p.run for v, p in ready.items()}, repeats, prepare={v.label: p.prepare for v, p in ready.items()}
+        )
+    finally:
+        for process in ready.values():
+            process.end()
+    measured = []
+    eager, by_default = Variant(ORIGINAL).label, Variant(ORIGINAL, compiled="default").label
+    for variant, process in zip(variants, processes, strict=True):
+        row = {"method": variant.method, "compiled": variant.compiled, **methods[variant.method], **process.said}
+        if (timing := times.get(variant.label)) is not None:
+            row |= {"ms": 1000 * timing.median / setup.steps, "spread": timing.spread}
+            row["over_eager"] = ratio(times[eager], timing)
+            row["over_compiled"] = ratio(times[by_default], timing) if by_default in times else None
+            alike = times.get(Variant(ORIGINAL, compiled=variant.compiled).label)
+            row["realised_share"] = ratio(alike, timing) * row["share"] if alike and variant.method != ORIGINAL else None
+        measured.append(row)
+    measured += [m for m in methods.values() if "error" in m]
+    return {"hardware": described.said["hardware"], "variants": measured}
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------------
+
+
+def label(denoiser: str, row: dict[str, Any]) -> str:
+    """The method with what it was set to."""
+    method = row["method"]
+    schedule, interval = SCHEDULES[denoiser]
+    if method == ORIGINAL:
+        return ORIGINAL
+    if method in OURS:
+        return f"**{OURS[method]}**" + ("" if method == "attention" else f", {schedule}(interval={interval})")
+    if "setting" not in row:
+        return RIVALS[method].label
+    setting = row["setting"]
+    if isinstance(setting, float):
+        return f"{RIVALS[method].label}, threshold {setting:.3g}"
+    counted = f"{setting} full steps" if len(RIVALS[method].settings(100) or ()) > 10 else f"interval {setting}"  # type: ignore[misc]
+    return f"{RIVALS[method].label}, {counted}"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each variant that ran, and lines on what did not."""
+    lines = [
+        "| denoiser | method | compiled | MACs | ms a step | spread | over eager | over torch.compile | realised share "
+        "| compile, CPU s | kept MiB | PSNR dB |",
+        "|" + "---|" * 12,
+    ]
+    notes = []
+    for result in results:
+        for row in result["variants"]:
+            name = label(result["denoiser"], row)
+            asked = {"": "eager", "default": "torch.compile"}.get(row.get("compiled", ""), row.get("compiled", ""))
+            notes += [f"* {result['denoiser']}, {name}, {asked}: {attempt}" for attempt in row.get("attempts", ())]
+            if "error" in row:
+                notes.append(f"* {result['denoiser']}, {name}, {asked}, not run: {row['error']}")
+                continue
+
+            def shown(key: str, form: str, row: dict[str, Any] = row) -> str:
+                return "" if row.get(key) is None else format(row[key], form)
+
+            how = row["how"] + ("" if row["compiled"] in ("", "default") else f", {row['compiled']}")
+            cells = [shown("share", ".1%"), shown("ms", ".1f"), shown("spread", ".0%"), shown("over_eager", ".2f") + "x"]
+            cells += [shown("over_compiled", ".2f") + "x", shown("realised_share", ".3f"), shown("compile_s", ".0f")]
+            cells += [shown("kept_mib", ".1f"), shown("psnr", ".1f")]
+            lines.append(f"| {' | '.join([result['denoiser'], name, how, *cells])} |")
+    if notes:
+        lines += ["", "Ways of compiling that failed, gave other results or were slower, and what was not run:", "", *notes]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--denoisers", nargs="+", default=list(BATCH), choices=list(BATCH))
+    parser.add_argument("--methods", nargs="+", default=[*OURS, *RIVALS], choices=[*OURS, *RIVALS], help="ours is always there")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, help="pictures; default: so that a step takes 50 to 100 ms on two cores")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=[str(dtype).split(".")[1] for dtype in TOLERANCE])
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="variants compiled at once")
+    parser.add_argument("--patience", type=float, default=300, help="seconds that a variant may take to be ready")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    given = {name: getattr(options, name) for name in ("methods", "steps", "batch", "repeats", "device", "dtype", "backend")}
+    path = options.out / "peers.json"
+    done = rows.opened(path, given, options.fresh)
+    for name in options.denoisers:
+        if name in done:
+            continue
+        given_to_all = (options.steps, options.batch, options.device, options.dtype, options.backend)
+        setup = Setup(name, *given_to_all, tuple(options.methods))
+        result = measure(setup, options.repeats, options.jobs, options.patience)
+        rows.add(path, {"key": name, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
+    document = json.loads(path.read_text())
+    results = sorted(document["rows"], key=lambda row: list(BATCH).index(row["key"]))
+    pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
+    setting = (
+        f"{options.steps} steps, batches of pictures: {pictures}; {options.dtype}, backend {options.backend}, "
+        f"{results[0]['hardware']}; median of {options.repeats} interleaved rounds after one warm-up round, spread = "
+        "(max - min) / median."
+    )
+    text = f"# Peers\n\n{table(results)}\n\n{setting}\nMade by `python -m benchmarks.peers`.\n"
+    write_whole(options.out / "peers.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Other caches: each runs what its schedule says, counted by hooks on leaf modules, and leaves the denoiser as it was."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import maskcompile as mc
+from benchmarks.cases import case, run
+from benchmarks.peers import (
+    ORIGINAL,
+    SCHEDULES,
+    Setup,
+    Variant,
+    installed,
+    kept_bytes,
+    label,
+    macs,
+    nearest,
+    our_mask,
+    table,
+    traced,
+    tuned,
+)
+from benchmarks.rivals import BLOCKS, RIVALS, evenly
+
+STEPS = 6
+#: static rival -> a setting, and the steps at which it computes everything
+STATIC = {
+    "deepcache": (2, {0, 2, 4}),
+    "smoothcache": (2, {0, 3}),
+    "cache-dit static": (2, {0, 3}),
+    "taylorseer": (3, {0, 2, 5}),  # counts its interval from the second step after its warm-up, here of one step
+    "pab": (2, {0, 2, 4}),
+}
+DYNAMIC = [name for name, rival in RIVALS.items() if rival.settings is None]
+pairs = [
+    pytest.param(name, denoiser, id=f"{name}-{denoiser}", marks=pytest.mark.skipif(rival.missing, reason="not installed"))
+    for name, rival in RIVALS.items()
+    for denoiser in rival.denoisers
+]
+
+
+@cache
+def small(name):
+    return case(name, STEPS, batch=1)
+
+
+@contextmanager
+def recorded(of):
+    """Yields a function that makes a run and says which linear and convolution layers ran at each step, by name."""
+    layers = {n: m for n, m in of.denoiser.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    running = []
+
+    def recording(name, forward):
+        def forward_and_say(*args, **kwargs):
+            running.append(name)
+            return forward(*args, **kwargs)
+
+        return forward_and_say
+
+    for name, layer in layers.items():  # what caches put around a layer is then outside of this
+        layer.forward = recording(name, layer.forward)
+
+    def layers_of_a_run():
+        steps = []
+        with torch.no_grad():
+            for args, kwargs in of.calls:
+                running.clear()
+                of.denoiser(*args, **kwargs)
+                steps.append(set(running))
+        return steps
+
+    try:
+        yield layers_of_a_run
+    finally:
+        for layer in layers.values():
+            del layer.forward
+
+
+def skippable(name, denoiser):
+    """A pattern of the layers that a step which reuses skips, as the rival's documentation says."""
+    if name == "deepcache":  # all but the way in, the outermost resnet of the way out, and the result
+        return r"mid_block\..*|down_blocks\.[12]\..*|up_blocks\.[01]\..*"
+    if name.startswith("cache-dit"):  # all blocks but the first
+        return r"transformer_blocks\.[1-9]\..*|single_transformer_blocks\..*"
+    if name == "pab":
+        return r".*\.attn[12]?\..*"
+    if name == "smoothcache" and denoiser == "sd":
+        return r".*\.transformer_blocks\.\d+\.(attn1|attn2|ff)\..*"
+    return rf"({BLOCKS[denoiser]})(\..*)?"
+
+
+@pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in STATIC])
+def test_a_static_cache_computes_at_the_steps_it_says(name, denoiser):
+    of = small(denoiser)
+    setting, full = STATIC[name]
+    with recorded(of) as layers_of_a_run:
+        everything = layers_of_a_run()
+        with RIVALS[name].install(of, setting) as restart:
+            for _ in range(2):  # a run after a restart is as the first one
+                restart()
+                for step, ran in enumerate(layers_of_a_run()):
+                    left_out = everything[step] - ran
+                    expected = {layer for layer in everything[step] if re.fullmatch(skippable(name, denoiser), layer)}
+                    assert expected
+                    if step in full:
+                        assert not left_out, step
+                    elif name == "deepcache":  # and part of the outermost level
+                        assert expected <= left_out, step
+                    else:
+                        assert left_out == expected, step
+
+
+@pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in STATIC])
+def test_the_share_is_that_of_the_layers_that_run(name, denoiser):
+    """MACs of the steps one by one: a full step costs the original's, every other the same, and less."""
+    of = small(denoiser)
+    setting, full = STATIC[name]
+    whole = macs(of, Variant(ORIGINAL)) / STEPS
+    counted = []
+    with RIVALS[name].install(of, setting) as restart, torch.no_grad():
+        restart()
+        for args, kwargs in of.calls:
+            with FlopCounterMode(display=False) as counter:
+                of.denoiser(*args, **kwargs)
+            counted.append(counter.get_total_flops() // 2)
+    assert {step for step, cost in enumerate(counted) if cost == whole} == full
+    assert len({cost for cost in counted if cost != whole}) == 1
+    assert max(cost for cost in counted) == whole
+    assert macs(of, Variant(name, setting)) == sum(counted)
+
+
+@pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in DYNAMIC])
+def test_a_threshold_decides_how_many_steps_are_computed(name, denoiser):
+    of = small(denoiser)
+    whole = macs(of, Variant(ORIGINAL))
+    low, middle, high = (macs(of, Variant(name, threshold)) / whole for threshold in (1e-6, 0.3, 0.999))
+    assert low == 1.0
+    assert low >= middle >= high
+    assert high < 0.8
+
+
+@pytest.mark.parametrize(("name", "denoiser"), pairs)
+def test_the_denoiser_is_left_as_it_was_found(name, denoiser):
+    of = small(denoiser)
+    before = [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()]
+    setting = STATIC[name][0] if name in STATIC else 0.9
+    expected = run(of, of.denoiser)
+    with RIVALS[name].install(of, setting) as restart:
+        restart()
+        cached = run(of, of.denoiser)
+    assert any(not torch.equal(a, b) for a, b in zip(cached, expected, strict=True))
+    assert [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()] == before
+    assert all(torch.equal(a, b) for a, b in zip(run(of, of.denoiser), expected, strict=True))
+    with pytest.raises(KeyboardInterrupt), RIVALS[name].install(of, setting):
+        raise KeyboardInterrupt
+    assert [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()] == before
+
+
+@pytest.mark.parametrize(("method", "denoiser"), [("hold", "unet"), ("linear", "dit"), ("attention", "dit")])
+def test_our_share_counted_is_the_one_that_the_plans_say(method, denoiser):
+    of = small(denoiser)
+    program = traced(of)
+    share = macs(of, Variant(method)) / macs(of, Variant(ORIGINAL))
+    assert share == pytest.approx(mc.cost(program, our_mask(of, program, method)).share, rel=1e-6)
+
+
+def test_evenly():
+    assert evenly(6, 2) == [1, 0, 0, 1, 0, 0]
+    assert evenly(5, 5) == [1] * 5
+    for steps in range(1, 12):
+        for full in range(1, steps + 1):
+            chosen = evenly(steps, full)
+            assert sum(chosen) == full
+            assert chosen[0] == 1
+            gaps = np.diff([*np.flatnonzero(chosen), steps])
+            assert gaps.max() - gaps.min() <= 1
+
+
+def test_nearest():
+    asked = []
+
+    def rising(setting):
+        asked.append(setting)
+        return setting / 100
+
+    assert nearest(rising, range(1, 101), 0.374) == 37
+    assert len(asked) < 12
+    assert nearest(lambda setting: 1 / setting, range(2, 6), 0.3) == 3
+    assert nearest(lambda setting: 1.0, (0.1, 0.2, 0.3), 0.5) in (0.1, 0.2, 0.3)
+
+
+@pytest.mark.skipif(RIVALS["smoothcache"].missing, reason="not installed")
+def test_a_rival_is_tuned_to_the_share():
+    of = small("dit")
+    assert tuned(of, of, "smoothcache", 0.5) == 3  # of six steps
+
+
+def test_what_is_kept_between_steps():
+    of = small("dit")
+    assert kept_bytes(of, of.denoiser) == 0
+    with installed(of, Variant("hold")) as (fast, _):
+        program = traced(of)
+        peak = mc.cost(program, our_mask(of, program, "hold")).peak_cache_bytes
+        assert 0 <= kept_bytes(of, fast) - peak < 1024  # and the timesteps
+    if not RIVALS["smoothcache"].missing:
+        with installed(of, Variant("smoothcache", 3)) as (denoiser, restart):
+            restart()
+            # one tensor for each of 16 blocks: 64 tokens of 192 numbers
+            assert kept_bytes(of, denoiser) == 16 * 64 * 192 * 4
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    from benchmarks import peers, rivals
+
+    monkeypatch.setattr(rivals, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "OURS", {"hold": "maskcompile"})
+    found = peers.describe(Setup("unet", 2, 1, "cpu", "float32", "eager"))
+    missing = [row for row in found if "error" in row]
+    assert [row["method"] for row in missing] == [name for name, rival in RIVALS.items() if "unet" in rival.denoisers]
+    text = table([{"denoiser": "unet", "variants": missing}])
+    assert "DeepCache package, eager, not run: DeepCache is not installed" in text
+
+
+def test_the_table_names_what_ran():
+    assert label("dit", {"method": "hold"}) == f"**maskcompile**, uniform(interval={SCHEDULES['dit'][1]})"
+    assert label("dit", {"method": "taylorseer", "setting": 3}) == "TaylorSeer hook, order 1, interval 3"
+    assert label("dit", {"method": "smoothcache", "setting": 7}) == "SmoothCache, 7 full steps"
+    assert label("dit", {"method": "fbc", "setting": 0.25}) == "FirstBlockCache hook, threshold 0.25"
