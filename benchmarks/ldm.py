@@ -24,8 +24,9 @@ from benchmarks.models import ldm_4_g, row_named
 
 #: the autoencoder of configs/latent-diffusion/cin256-v2.yaml; its latents are not scaled
 AUTOENCODER: dict[str, Any] = {
-    "sample_size": 256, "latent_channels": 3, "vq_embed_dim": 3, "num_vq_embeddings": 8192, "block_out_channels": (128, 256, 512),
-    "layers_per_block": 2, "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "sample_size": 256, "latent_channels": 3, "vq_embed_dim": 3, "num_vq_embeddings": 8192,
+    "block_out_channels": (128, 256, 512), "layers_per_block": 2, "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
     "scaling_factor": 1.0,
 }  # fmt: skip
 #: classes that the trainer names in its checkpoints
