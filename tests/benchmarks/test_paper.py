@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -436,6 +438,102 @@ def test_the_bundled_denoisers(tmp_path):
     assert found["speed"]["share"] == pytest.approx(2 / 3, abs=0.01)
     assert set(found) == {"speed"}
     assert len(pictures(tmp_path / "reference-dit" / "masked")) == 2
+
+
+LETTERS = string.ascii_lowercase
+
+
+def stable_diffusion():
+    pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    text = transformers.CLIPTextConfig(
+        vocab_size=54, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
+        bos_token_id=52, eos_token_id=53, pad_token_id=53,
+    )  # fmt: skip
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=2, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    tokenizer = transformers.CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=8)
+    return diffusers.StableDiffusionPipeline(
+        vae=_vae(), text_encoder=transformers.CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=filled(model),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), safety_checker=None, feature_extractor=None,
+    )  # fmt: skip
+
+
+def pixart():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    text = transformers.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=32, num_layers=2, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, caption_channels=16,
+        cross_attention_dim=16,
+    )  # fmt: skip
+    return diffusers.PixArtAlphaPipeline(
+        vae=_vae(levels=4),  # the pipeline knows no pictures below 256 x 256
+        text_encoder=transformers.T5EncoderModel(text).eval(), tokenizer=tokenizer, transformer=filled(model),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+
+
+def _vae(levels=1):
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,) * levels, norm_num_groups=8, latent_channels=4, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    )  # fmt: skip
+    return filled(vae, seed=3)
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, pixart])
+def test_text_to_image(make, tmp_path):
+    """The pipeline in the folder, run by itself; the prompts in turn, and the denoiser that is drawn with is the one given."""
+    torch.manual_seed(0)
+    made = make()
+    made.save_pretrained(tmp_path)
+    row = _row("pixart" if make is pixart else "sd15", 3)
+    sampler = checkpoints.load(checkpoints.Request(row, tmp_path, prompts=("a cat", "dogs")))
+    slot = "transformer" if make is pixart else "unet"
+    made.set_progress_bar_config(disable=True)
+    found = sampler.draw(sampler.denoiser, [2, 3], True)
+    generators = [torch.Generator().manual_seed(i) for i in (2, 3)]
+    expected = made(
+        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance, output_type="pt"
+    ).images
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found.std() > 0.01
+    other = type(sampler.denoiser).from_config(sampler.denoiser.config).eval()
+    assert not torch.equal(sampler.draw(other, [2, 3], False), sampler.draw(sampler.denoiser, [2, 3], False))
+    setattr(made, slot, other)
+    generators = [torch.Generator().manual_seed(i) for i in (2, 3)]
+    latents = made(
+        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance, output_type="latent"
+    ).images
+    assert torch.allclose(sampler.draw(other, [2, 3], False), latents, atol=1e-5)
+
+
+def test_a_text_to_image_row(tmp_path):
+    torch.manual_seed(0)
+    pixart().save_pretrained(tmp_path / "pixart")
+    (tmp_path / "prompts.txt").write_text("a cat\n\ndogs\n")
+    sampler = checkpoints.load(checkpoints.Request(_row("pixart", 4), tmp_path / "pixart", prompts=("a",)))
+    blocks = [f"transformer_blocks.{i}.{part}" for i in range(2) for part in ("attn1", "attn2", "ff")]
+    compute = [[step != 2] * 6 for step in range(4)]
+    mc.Mask(compute, blocks=blocks, timesteps=sampler.scheduler.timesteps).save(tmp_path / "given.json")
+    given = [
+        *QUICK,
+        "--images",
+        "2",
+        "--mask",
+        tmp_path / "given.json",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--out",
+        tmp_path / "out",
+    ]
+    run("pixart", "--weights", tmp_path / "pixart", *given)
+    original, masked = (pictures(tmp_path / "out" / "pixart" / name) for name in paper.VARIANTS)
+    assert original.shape == (2, 256, 256, 3)
+    assert not np.array_equal(original, masked)
+    assert 0.7 < result(tmp_path / "out", "pixart")[1]["speed"]["share"] < 0.85
 
 
 @pytest.mark.parametrize(
