@@ -144,6 +144,19 @@ def distance(folder: Path, images: int, options: argparse.Namespace, size: int) 
     return value
 
 
+def check_real(options: argparse.Namespace) -> None:
+    """Raise now what ``distance`` would raise after hours of sampling."""
+    if options.real is None:
+        if options.inception is not None:
+            raise ValueError("--inception needs --real: pictures or statistics to measure the distance to.")
+        return
+    if options.real.is_dir():
+        frechet.metric(options.inception, "cpu")
+        frechet.pictures_in(options.real)
+    else:
+        frechet.see_real(frechet.metric(options.inception, "cpu"), options.real, 0)
+
+
 def digest(model: nn.Module) -> str:
     """Tells checkpoints apart, by the sums of their parameters."""
     sums = [f"{float(p.detach().double().sum()):.6e}" for p in model.parameters()]
@@ -177,6 +190,7 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
     if weights is None:
         raise ValueError(f"the row {row.name} needs --weights, a folder with its checkpoint: {row.configuration}.")
     request = Request(row, weights, options.device, getattr(torch, options.dtype), options.prompts, options.heads)
+    check_real(options)
     sampler = load(request)
     options.folder = options.out / row.name
     path = options.folder / "result.json"
@@ -195,7 +209,8 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
     processes.gather({})
     if processes.rank != 0:
         return None
-    size = Image.open(options.folder / "masked" / file_of(0)).width
+    with Image.open(options.folder / "masked" / file_of(0)) as first:
+        size = first.width
     if (key := f"speed {hardware()}") not in done:
         taken = speed(sampler, variants, options.batch, options.repeats)
         rows.add(path, {"key": key, "hardware": hardware(), **taken, **costs(fast, sampler, options.batch)})
@@ -229,16 +244,19 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
         for name in VARIANTS
     ]
     psnr = known.get(f"likeness {options.images}", {}).get("psnr")
+    calls = mask.steps * sampler.calls
     alike = "-" if psnr is None else f"{psnr:.1f}"
     guidance = f", guidance {row.guidance:g}" if row.guidance else ""
     method = mask.provenance.get("method") or "given"
     said = ["-" if d is None else f"{d:.2f}" for d in distances]
-    head = "| row | sampler | mask | MACs a step, G: original / masked, mean | MACs kept | speed-up "
+    head = "| row | sampler | mask | MACs a step, G: original / masked, mean | MACs a run, G: original / masked | MACs kept "
+    head += "| speed-up "
     head += f"| {frechet.name(options.inception)}: original / masked | PSNR dB, median |"
     scheduler = type(sampler.scheduler).__name__.removesuffix("Scheduler")
     line = (
         f"| {row.title} | {scheduler}, {row.steps} steps{guidance} | {method}, {', '.join(sorted(set(mask.reuse)))} "
-        f"| {timed['gmacs']:.4g} / {timed['gmacs_masked']:.4g} | {timed['share']:.1%} "
+        f"| {timed['gmacs']:.4g} / {timed['gmacs_masked']:.4g} "
+        f"| {timed['gmacs'] * calls:.4g} / {timed['gmacs_masked'] * calls:.4g} | {timed['share']:.1%} "
         f"| {timed['speedup']:.2f}x (spread {timed['spread']:.0%}) | {' / '.join(said)} | {alike} |"
     )
     original, masked = timed["original_ms_a_picture"], timed["masked_ms_a_picture"]
@@ -246,9 +264,9 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
         f"{options.images} pictures of {size} x {size}, batch {options.batch}, {options.dtype}, backend {options.backend}; "
         f"{original:.4g} and {masked:.4g} ms a picture without the decoder, medians of {options.repeats} interleaved runs; "
         f"{timed['graphs']} graphs, cache {timed['cache_mib']:.1f} MiB; {timed['hardware']}. MACs are of one picture"
-        f"{' and one half of guidance' if row.guidance else ''}."
+        f"{', a step of one half of guidance, a run of both' if row.guidance else ''}."
     )
-    return f"{head}\n|{'---|' * 8}\n{line}\n\n{caption}\n"
+    return f"{head}\n|{'---|' * 9}\n{line}\n\n{caption}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -548,6 +548,10 @@ def test_a_text_to_image_row(tmp_path):
         (["dit-256", "--weights", "dit"], "how many attention heads a DiT 32 wide has"),
         (["sd15", "--weights", "ldm"], "holds no pipeline"),
         (["sd15", "--weights", "ddpm"], "needs prompts"),
+        (["ddpm-cifar10", "--weights", "ddpm", "--real", "ldm"], "no pictures (.png"),
+        (["ddpm-cifar10", "--weights", "ddpm", "--real", "real/0.png"], "with 'mu' and 'sigma'"),
+        (["ddpm-cifar10", "--weights", "ddpm", "--inception", "real/0.png"], "--inception needs --real"),
+        (["ddpm-cifar10", "--weights", "ddpm", "--real", "real", "--inception", "absent.pth"], "no file absent.pth"),
     ],
 )
 def test_what_is_missing_is_said(arguments, said, folders, tmp_path, monkeypatch, capsys):
