@@ -217,7 +217,9 @@ def bundled(request: Request) -> Sampler:
     """A reference denoiser of the repository: see ``benchmarks.reference``."""
     name = request.row.name.removeprefix("reference-")
     denoiser, scheduler = load_bundled(name)
-    denoiser.to(request.device, request.dtype)
+    denoiser.to(request.device)
+    if request.dtype is not torch.float32:
+        denoiser.to(request.dtype)
 
     def by_class(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
         y = labels(indices, len(CLASSES), x.device)

@@ -148,7 +148,7 @@ def pixart_inputs(model: Any, pictures: int) -> Inputs:
     """As PixArtAlphaPipeline calls it with guidance, at 512 x 512: no micro-conditions."""
     prompts = torch.randn(2 * pictures, PIXART_TOKENS, model.config.caption_channels)
     return (_sample(model, 2 * pictures),), {
-        "encoder_hidden_states": prompts, "encoder_attention_mask": torch.ones(2 * pictures, PIXART_TOKENS),
+        "encoder_hidden_states": prompts, "encoder_attention_mask": torch.ones(2 * pictures, PIXART_TOKENS, dtype=torch.int64),
         "timestep": torch.full((2 * pictures,), 999), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         "return_dict": False,
     }  # fmt: skip

@@ -213,7 +213,10 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
         size = first.width
     if (key := f"speed {hardware()}") not in done:
         taken = speed(sampler, variants, options.batch, options.repeats)
-        rows.add(path, {"key": key, "hardware": hardware(), **taken, **costs(fast, sampler, options.batch)})
+        rows.add(
+            path,
+            {"key": key, "hardware": hardware(), "repeats": options.repeats, **taken, **costs(fast, sampler, options.batch)},
+        )
     for name in VARIANTS if options.original else ("masked",):
         key = f"distance {name} {options.images} {options.real} {options.inception}"
         if options.real is not None and key not in done:
@@ -262,7 +265,7 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
     original, masked = timed["original_ms_a_picture"], timed["masked_ms_a_picture"]
     caption = (
         f"{options.images} pictures of {size} x {size}, batch {options.batch}, {options.dtype}, backend {options.backend}; "
-        f"{original:.4g} and {masked:.4g} ms a picture without the decoder, medians of {options.repeats} interleaved runs; "
+        f"{original:.4g} and {masked:.4g} ms a picture without the decoder, medians of {timed['repeats']} interleaved runs; "
         f"{timed['graphs']} graphs, cache {timed['cache_mib']:.1f} MiB; {timed['hardware']}. MACs are of one picture"
         f"{', a step of one half of guidance, a run of both' if row.guidance else ''}."
     )

@@ -254,8 +254,15 @@ def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeyp
     run(*arguments[:-1], "7")
     assert len(list(tmp_path.rglob("*.png"))) == 14
     assert all(path.read_bytes() == content for path, content in before.items())
-    with pytest.raises(SystemExit, match="another steps"):
-        run(*arguments, "--steps", "3")
+    with pytest.raises(SystemExit, match="another batch, learning"):
+        run(*arguments, "--batch", "3", "--mask", out / "ddpm-cifar10" / "mask.json")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    monkeypatch.setattr(
+        paper, "speed", lambda *_: {"speedup": 1.0, "spread": 0.0, "original_ms_a_picture": 1.0, "masked_ms_a_picture": 1.0}
+    )
+    run(*arguments, "--batch", "3", "--mask", out / "ddpm-cifar10" / "mask.json", "--fresh", "--no-original")
+    assert len(list(tmp_path.rglob("*.png"))) == 5
+    assert not (tmp_path / "ddpm-cifar10" / "mask.json").exists()
 
 
 def test_processes_divide_the_pictures(ddpm, tmp_path):
