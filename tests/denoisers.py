@@ -8,10 +8,10 @@ from functools import cache
 from typing import Any
 
 import diffusers
-import timm.layers
 import torch
 from torch import nn
 
+from benchmarks.dit import DiT
 from benchmarks.reference import load
 
 
@@ -108,37 +108,9 @@ def flux() -> Case:
     return Case(model, inputs, tuple(t / 1000 for t in (901, 701, 501, 301, 101)))
 
 
-class TimmDiT(nn.Module):
-    """The layout of the DiT reference code, on timm's layers."""
-
-    class Block(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.attn, self.mlp = timm.layers.Attention(width, num_heads=2), timm.layers.Mlp(width, 2 * width)
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width))
-
-        def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-            shift1, gate1, shift2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(4, dim=-1)
-            x = x + gate1 * self.attn(self.norm1(x) + shift1)
-            return x + gate2 * self.mlp(self.norm2(x) + shift2)
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.x_embedder = timm.layers.PatchEmbed(8, 2, 4, width)
-        self.t_embedder = nn.Linear(1, width)
-        self.blocks = nn.ModuleList(self.Block(width) for _ in range(2))
-        self.final_layer = nn.Linear(width, 16)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        x, c = self.x_embedder(x), self.t_embedder(t.float().unsqueeze(-1) / 1000)
-        for block in self.blocks:
-            x = block(x, c)
-        return self.final_layer(x)
-
-
 def timm_dit() -> Case:
-    return Case(TimmDiT(), lambda b, t, s: ((_noise(s)(b, 4, 8, 8), torch.full((b,), t)), {}))
+    model = DiT(input_size=8, hidden_size=16, depth=2, num_heads=2, mlp_ratio=2.0, num_classes=10)
+    return Case(model, lambda b, t, s: ((_noise(s)(b, 4, 8, 8), torch.full((b,), t), torch.arange(b)), {}))
 
 
 def reference_unet() -> Case:
