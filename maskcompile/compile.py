@@ -115,11 +115,11 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
         known.append(loaded)
     else:
         likes = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+        symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
         run = standalone_compile(
             graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
         )
-        symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
-        guards = code_of(guards_in(likes[-1].node.shape_env, 1), symbols) if symbols else ""
+        guards = code_of(guards_in(likes[-1].node.shape_env, symbols, least=1), symbols) if symbols else ""
         known.append(_Compiled(run, guards, f"{key}.{sha256(guards.encode()).hexdigest()[:8]}" if symbols else key))
     return known[-1].run
 
