@@ -199,8 +199,11 @@ def region_graph(region: Region, capture: Capture) -> GraphModule:
 
 def sizes_read(region: Region, capture: Capture) -> dict[Any, torch.SymInt]:
     """The symbols that a region needs the values of, in one order, with the size that each is."""
-    own = [node.meta.get("val") for node in (*region.inputs, *region.nodes)]
-    found = symbols_of(own) if capture.sizes else set()
+    found: set[Any] = set()
+    for node in (*region.inputs, *region.nodes):
+        if len(found) == len(capture.sizes):
+            break
+        found |= symbols_of(node.meta.get("val"))
     sizes = [size for node in capture.inputs for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
     plain = {size.node.expr: size for size in sizes if size.node.expr.is_Symbol}
     return {symbol: plain[symbol] for symbol in capture.sizes if symbol in found}

@@ -53,7 +53,7 @@ def read_at_the_inputs(graph_module: GraphModule, inputs: Sequence[Node]) -> Non
     """
     graph = graph_module.graph
     read: dict[Any, Node] = {}
-    with graph.inserting_after(inputs[-1]):
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         for node in reversed(inputs):
             for dim, size in enumerate(node.meta["val"].shape):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
