@@ -118,6 +118,11 @@ def code_of(guards: Iterable[Any], symbols: Sequence[Any]) -> str:
     return " and ".join(f"({PythonPrinter().doprint(guard.xreplace(names))})" for guard in guards)
 
 
+def code_of_values(values: Sequence[int]) -> str:
+    """What holds for these values alone."""
+    return " and ".join(f"(S{i} == {value})" for i, value in enumerate(values))
+
+
 def holds(code: str, values: Sequence[int]) -> bool:
     """Whether guards hold, given as code, for these values of their symbols. The code is executed."""
     return not code or bool(eval(code, dict(SYMPY_INTERP), {f"S{i}": value for i, value in enumerate(values)}))
