@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from maskcompile.artefacts import load_artefact, load_artefacts, save_artefacts, to_bytes
 from passes.capture import Capture
 from passes.regions import Region, only_views, region_graph, sizes_read, structure
-from passes.sizes import code_of, guards_in, holds, is_size
+from passes.sizes import code_of, code_of_values, guards_in, holds, is_size
 
 #: (*tensor inputs, *cached reads) -> (*tensor results, *stores), or (*inputs, *weights, *sizes) -> outputs of a region
 Executable = Callable[..., Sequence[Tensor]]
@@ -114,14 +114,31 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
     elif (loaded := _loaded(key, values)) is not None:
         known.append(loaded)
     else:
-        likes = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
-        run = standalone_compile(
-            graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
-        )
-        symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
-        guards = code_of(guards_in(likes[-1].node.shape_env, 1), symbols) if symbols else ""
-        known.append(_Compiled(run, guards, f"{key}.{sha256(guards.encode()).hexdigest()[:8]}" if symbols else key))
+        try:
+            run, guards = _standalone(graph_module, options)
+        except Exception:
+            if not values:
+                raise
+            # Inductor has faults of its own where sizes are symbols; the same with numbers may do.
+            fixed, _ = _standalone(region_graph(region, capture, fixed=True), options)
+            known.append(_Compiled(_without_last(fixed, len(values)), code_of_values(values), key))
+        else:
+            known.append(_Compiled(run, guards, f"{key}.{sha256(guards.encode()).hexdigest()[:8]}" if values else key))
     return known[-1].run
+
+
+def _standalone(graph_module: GraphModule, options: Mapping[str, Any]) -> tuple[Executable, str]:
+    """A graph compiled by Inductor, and what that takes for granted of its sizes."""
+    likes = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
+    run = standalone_compile(
+        graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
+    )
+    return run, code_of(guards_in(likes[-1].node.shape_env, symbols, least=1), symbols) if symbols else ""
+
+
+def _without_last(run: Executable, number: int) -> Executable:
+    return lambda *arguments: run(*arguments[:-number])
 
 
 def _settings() -> tuple[Any, ...]:

@@ -377,8 +377,8 @@ class OptimizedDenoiser(nn.Module):
         if reason is None and self._dynamic is not False and batches and not any(found.given_up for found in related):
             try:
                 return self._capture(call, batches[0])
-            except RuntimeError as error:
-                reason = str(error)
+            except Exception as error:  # of torch, for sizes that are symbols; what is wrong with the call itself shows below
+                reason = (str(error) or type(error).__name__).splitlines()[0]
         # A size of 1 says nothing about others, and one other call more about which dimensions are the batch.
         given_up = reason is not None and bool(others) and all(call.tensors[at].shape[0] > 1 for at in batches[0])
         return replace(self._capture(call), alone=reason, given_up=given_up)

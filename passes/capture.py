@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.macs import count_macs
-from passes.sizes import Sizes, guards_of, read_at_the_inputs, solve, symbols_of
+from passes.sizes import Sizes, guards_of, is_size, read_at_the_inputs, solve, symbols_of
 
 _LIBRARY = torch.library.Library("maskcompile", "DEF")
 _LIBRARY.define("mark(Tensor x, str block, int call, int index) -> Tensor")
@@ -243,6 +243,8 @@ def _any_batch(captured: Capture, args: Sequence[Any], kwargs: Mapping[str, Any]
         read_at_the_inputs(captured.graph_module, captured.inputs)
         if symbols_of([node.meta.get("val") for node in nodes]) - symbols_of(values):
             raise ValueError("the values of its tensors decide on the shapes of others")
+        if any(isinstance(leaf, Node) and is_size(leaf) for leaf in captured.outputs):
+            raise ValueError("it returns that itself")
     except ValueError as error:
         raise CaptureError(f"{name} cannot be captured for any batch: {error}.") from None
     captured = replace(captured, guards=guards_of(values))

@@ -32,6 +32,7 @@ def count_macs(graph_module: GraphModule, sizes: Sizes | None = None) -> dict[No
     if sizes:
         fake_mode = FakeTensorMode()
     attributes: dict[str, Any] = {}
+    with_sizes: dict[Node, Any] = {}
 
     def sized(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -40,8 +41,12 @@ def count_macs(graph_module: GraphModule, sizes: Sizes | None = None) -> dict[No
         return value_at(value, sizes or {}) if isinstance(value, torch.SymInt) else value
 
     def value_of(node: Node) -> Any:
+        if "val" in node.meta and sizes:
+            if node not in with_sizes:
+                with_sizes[node] = pytree.tree_map(sized, node.meta["val"])
+            return with_sizes[node]
         if "val" in node.meta:
-            return pytree.tree_map(sized, node.meta["val"]) if sizes else node.meta["val"]
+            return node.meta["val"]
         if node.target not in attributes:
             tensor = _attribute(graph_module, str(node.target))
             attributes[str(node.target)] = fake_mode.from_tensor(tensor, static_shapes=True)

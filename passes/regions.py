@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 from passes.capture import MARK, Capture
 from passes.dependencies import result_nodes
 from passes.plan import GraphKey
-from passes.sizes import Sizes, is_size, symbols_of
+from passes.sizes import Sizes, is_size, shape_at, symbols_of, value_at
 from passes.specialise import extrapolate, scalar_like
 
 
@@ -158,17 +158,19 @@ def renames(region: Region) -> bool:
     return bool(region.nodes) and not region.weights and all(node.target is MARK for node in region.nodes)
 
 
-def region_graph(region: Region, capture: Capture) -> GraphModule:
+def region_graph(region: Region, capture: Capture, fixed: bool = False) -> GraphModule:
     """The graph ``(*inputs, *weights, *sizes) -> outputs`` of a region, which holds no weights itself.
 
     What is extrapolated enters as its newer version, the one before that, and the coefficient, a scalar. sizes: ``sizes_read``.
     A region with any has a ShapeEnv of its own, in which they are ``capture.sizes`` as an example, and which tells afterwards
     what a compiler took for granted of them; it does not start from their being above 1, as that of torch.export does.
+    fixed: for ``capture.sizes`` alone, which are constants then, and no inputs.
     """
     graph = Graph()
-    copies: dict[Node, Node] = {}
+    copies: dict[Node, Any] = {}
     symbols = sizes_read(region, capture)
-    fake = _static(capture) if not symbols else _symbolic({symbol: capture.sizes[symbol] for symbol in symbols})
+    sizes = {symbol: capture.sizes[symbol] for symbol in symbols}
+    fake = _static(capture) if not symbols else _fixed(sizes) if fixed else _symbolic(sizes)
 
     def enter(like: Any) -> Node:
         node = graph.placeholder(f"input_{len(graph.nodes)}")
@@ -180,7 +182,7 @@ def region_graph(region: Region, capture: Capture) -> GraphModule:
         copies[node] = enter(fake(value))
         if node in region.extrapolated:
             copies[node] = extrapolate(graph, (copies[node], enter(fake(value))), enter(fake(scalar_like(value))))
-    given = {symbol: enter(fake(size)) for symbol, size in symbols.items()}
+    given = {symbol: sizes[symbol] if fixed else enter(fake(size)) for symbol, size in symbols.items()}
     for node in region.nodes:
         if is_size(node) and node.target is torch.ops.aten.sym_size.int:
             copies[node] = given[node.meta["val"].node.expr]
@@ -199,8 +201,11 @@ def region_graph(region: Region, capture: Capture) -> GraphModule:
 
 def sizes_read(region: Region, capture: Capture) -> dict[Any, torch.SymInt]:
     """The symbols that a region needs the values of, in one order, with the size that each is."""
-    own = [node.meta.get("val") for node in (*region.inputs, *region.nodes)]
-    found = symbols_of(own) if capture.sizes else set()
+    found: set[Any] = set()
+    for node in (*region.inputs, *region.nodes):
+        if len(found) == len(capture.sizes):
+            break
+        found |= symbols_of(node.meta.get("val"))
     sizes = [size for node in capture.inputs for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
     plain = {size.node.expr: size for size in sizes if size.node.expr.is_Symbol}
     return {symbol: plain[symbol] for symbol in capture.sizes if symbol in found}
@@ -210,6 +215,20 @@ def _static(capture: Capture) -> Callable[[Any], Any]:
     """Makes tensors fake, in the mode of those of the capture."""
     mode = detect_fake_mode([node.meta.get("val") for node in capture.graph_module.graph.nodes])
     return lambda value: value if mode is None else mode.from_tensor(value, static_shapes=True)
+
+
+def _fixed(sizes: Sizes) -> Callable[[Any], Any]:
+    """Makes tensors fake, of these sizes where they have symbols, in a mode of their own."""
+    mode = FakeTensorMode()
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            strides = [value_at(stride, sizes) for stride in value.stride()]
+            with mode:
+                return torch.empty_strided(shape_at(value, sizes), strides, dtype=value.dtype, device=value.device)
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    return fake
 
 
 def _symbolic(sizes: Sizes) -> Callable[[Any], Any]:

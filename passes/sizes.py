@@ -53,7 +53,7 @@ def read_at_the_inputs(graph_module: GraphModule, inputs: Sequence[Node]) -> Non
     """
     graph = graph_module.graph
     read: dict[Any, Node] = {}
-    with graph.inserting_after(inputs[-1]):
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         for node in reversed(inputs):
             for dim, size in enumerate(node.meta["val"].shape):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
@@ -93,18 +93,22 @@ def solve(inputs: Sequence[Node], shapes: Sequence[Sequence[int]], guards: Itera
 def guards_of(values: Iterable[Any]) -> tuple[Any, ...]:
     """What was taken for granted of the symbols in fake tensors, but that each is at least 2."""
     mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
-    return () if mode is None or mode.shape_env is None else guards_in(mode.shape_env, 2)
+    return () if mode is None or mode.shape_env is None else guards_in(mode.shape_env)
 
 
-def guards_in(environment: Any, least: int) -> tuple[Any, ...]:
-    """Boolean expressions, but that each symbol is at least ``least``. environment: torch's ShapeEnv."""
+def guards_in(environment: Any, symbols: Iterable[Any] = (), least: int = 2) -> tuple[Any, ...]:
+    """Boolean expressions in the symbols that are left, and in ``symbols``, which may have become something else.
+
+    That each symbol is at least ``least`` is not among them. environment: torch's ShapeEnv.
+    """
+    became = [sympy.Eq(symbol, environment.replace(symbol)) for symbol in symbols]
     guards = [guard.expr for guard in environment.guards]
     guards += [late.expr for several in environment.deferred_runtime_asserts.values() for late in several]
     for symbol, bounds in environment.var_to_range.items():
         if symbol not in environment.replacements:
             guards += [symbol >= bounds.lower] if bounds.lower > least else []
             guards += [symbol <= bounds.upper] if bounds.upper.is_Integer else []
-    replaced = dict.fromkeys(environment.replace(guard) for guard in guards)
+    replaced = dict.fromkeys([*became, *map(environment.replace, guards)])
     return tuple(guard for guard in replaced if guard not in (True, sympy.true))
 
 
@@ -112,6 +116,11 @@ def code_of(guards: Iterable[Any], symbols: Sequence[Any]) -> str:
     """Guards as Python code, for ``holds``, in which the symbols are called S0, S1 and so on."""
     names = {symbol: sympy.Symbol(f"S{i}", integer=True, positive=True) for i, symbol in enumerate(symbols)}
     return " and ".join(f"({PythonPrinter().doprint(guard.xreplace(names))})" for guard in guards)
+
+
+def code_of_values(values: Sequence[int]) -> str:
+    """What holds for these values alone."""
+    return " and ".join(f"(S{i} == {value})" for i, value in enumerate(values))
 
 
 def holds(code: str, values: Sequence[int]) -> bool:
