@@ -306,7 +306,8 @@ def divisible(capture: Capture) -> bool:
         if node.op in ("call_function", "get_attr") and node.users:  # the others are checks of metadata
             value = _attribute(node, capture) if node.op == "get_attr" else node.meta.get("val")
             parts = value if isinstance(value, (tuple, list)) else [value]
-            if not is_size(node) and not all(isinstance(part, Tensor) for part in parts):
+            known = is_size(node) and symbols_of(value) <= set(capture.sizes)  # unlike what is read out of a tensor
+            if not known and not all(isinstance(part, Tensor) for part in parts):
                 return False
     return True
 
