@@ -301,13 +301,13 @@ def value_of(node: Node, capture: Capture) -> Tensor:
 
 
 def divisible(capture: Capture) -> bool:
-    """Whether a capture can be divided into regions: nothing but tensors and sizes of inputs passes between its operations."""
+    """Whether a capture can be divided into regions: nothing but tensors and sizes passes between its operations."""
     for node in capture.graph_module.graph.nodes:
         if node.op in ("call_function", "get_attr") and node.users:  # the others are checks of metadata
             value = _attribute(node, capture) if node.op == "get_attr" else node.meta.get("val")
             parts = value if isinstance(value, (tuple, list)) else [value]
-            known_size = is_size(node) and symbols_of(value) <= set(capture.sizes)
-            if not known_size and not all(isinstance(part, Tensor) for part in parts):
+            known = is_size(node) and symbols_of(value) <= set(capture.sizes)  # unlike what is read out of a tensor
+            if not known and not all(isinstance(part, Tensor) for part in parts):
                 return False
     return True
 
