@@ -1,10 +1,11 @@
-"""``optimize``: a denoiser and a mask in, a faster denoiser out."""
+"""``optimize``: a denoiser, or a pipeline with one, and a mask in, a faster one out."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -14,10 +15,43 @@ from maskcompile.mask import Mask
 from maskcompile.runtime import OptimizedDenoiser
 from maskcompile.signature import check_capturable
 
+#: Where a pipeline holds its denoisers. Of two experts (Wan 2.2) each has steps of its own.
+DENOISERS = ("transformer", "unet", "transformer_2")
 
+_Pipeline = TypeVar("_Pipeline")
+
+
+@overload
 def optimize(
     model: nn.Module,
     mask: Mask,
+    *,
+    backend: Backend = ...,
+    timestep: str | None = ...,
+    regions: bool | None = ...,
+    max_graphs: int | None = ...,
+    compiled: str | os.PathLike[str] | None = ...,
+    **compile_options: Any,
+) -> OptimizedDenoiser: ...
+
+
+@overload
+def optimize(
+    model: _Pipeline,
+    mask: Mask | Mapping[str, Mask],
+    *,
+    backend: Backend = ...,
+    timestep: str | None = ...,
+    regions: bool | None = ...,
+    max_graphs: int | None = ...,
+    compiled: str | os.PathLike[str] | None = ...,
+    **compile_options: Any,
+) -> _Pipeline: ...
+
+
+def optimize(
+    model: Any,
+    mask: Mask | Mapping[str, Mask],
     *,
     backend: Backend = "inductor",
     timestep: str | None = None,
@@ -25,8 +59,13 @@ def optimize(
     max_graphs: int | None = None,
     compiled: str | os.PathLike[str] | None = None,
     **compile_options: Any,
-) -> OptimizedDenoiser:
+) -> Any:
     """A drop-in for ``model`` that reuses block outputs as ``mask`` says: ``pipe.unet = optimize(pipe.unet, mask)``.
+
+    Given a pipeline, it puts such drop-ins in the place of ``pipe.transformer`` or ``pipe.unet`` and returns that pipeline, the
+    same object; ``pipe.unet = pipe.unet.original`` undoes it. Where a pipeline has two experts (Wan 2.2's ``transformer_2``),
+    both follow the mask, each with its own cache: the second one computes everything at the first of its steps. A dictionary
+    from names of components to masks optimises those, each with its own. ``pipe.save_pretrained`` saves the originals.
 
     Captures at the first call, once per input signature, and compiles each distinct graph once, when it is first needed or in
     ``.warmup(*example_inputs)``. The model itself is not changed, and its weights are shared, not copied.
@@ -48,12 +87,21 @@ def optimize(
     optimised, TypeError for options that torch.compile does not have. At the first call CaptureError where the model cannot be
     captured.
     """
+    options: dict[str, Any] = {
+        "backend": backend, "timestep": timestep, "regions": regions, "max_graphs": max_graphs, "compiled": compiled,
+        **compile_options,
+    }  # fmt: skip
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping):
+        masks = mask if isinstance(mask, Mapping) else dict.fromkeys(_denoisers(model), mask)
+        for name, fast in {name: optimize(_component(model, name), one, **options) for name, one in masks.items()}.items():
+            setattr(model, name, fast)
+        return model
     if isinstance(model, OptimizedDenoiser):
         raise ValueError("this denoiser is already optimised; use fast.set_mask(mask), or optimize(fast.original, mask).")
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"optimize takes a denoiser (nn.Module); got {type(model).__name__}. For a pipeline, pass its unet or transformer."
-        )
+        raise TypeError(f"optimize takes a denoiser (nn.Module), or a pipeline with one; got {type(model).__name__}.")
+    if not isinstance(mask, Mask):
+        raise TypeError(f"optimize takes a Mask; got {type(mask).__name__}. Mask.load(path) reads a file.")
     unknown = set(compile_options) - set(inspect.signature(torch.compile).parameters)
     if unknown:
         raise TypeError(f"torch.compile has no option {sorted(unknown)[0]!r}.")
@@ -69,3 +117,22 @@ def optimize(
     return OptimizedDenoiser(
         model, mask, backend=backend, timestep=timestep, regions=regions, max_graphs=max_graphs, options=compile_options
     )
+
+
+def _denoisers(pipe: Any) -> list[str]:
+    """The names of a pipeline's denoisers."""
+    found = [name for name in DENOISERS if isinstance(pipe.components.get(name), nn.Module)]
+    if not found:
+        raise ValueError(
+            f"{type(pipe).__name__} has none of the components {', '.join(DENOISERS)}; pass a dictionary from the name of its "
+            "denoiser to the mask."
+        )
+    return found
+
+
+def _component(pipe: Any, name: str) -> nn.Module:
+    model = pipe.components.get(name)
+    if not isinstance(model, nn.Module):
+        modules = [other for other, value in pipe.components.items() if isinstance(value, nn.Module)]
+        raise ValueError(f"{type(pipe).__name__} has no denoiser {name!r}; its modules are {', '.join(modules)}.")
+    return model

@@ -124,6 +124,7 @@ class OptimizedDenoiser(nn.Module):
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = original.__dict__[kind]
         self.__dict__["original"] = original
+        self.__dict__["__module__"] = type(original).__module__  # with __class__, by which pipelines name their components
         self.training = original.training
         self._backend = backend
         self._regions = regions
@@ -263,19 +264,21 @@ class OptimizedDenoiser(nn.Module):
             counts.reusing += reuses
         if where.step is None:
             counts.unknown += 1
-            if counts.unknown == 1:
+            if counts.unknown + counts.skipped == 1:
                 steps = self._mask.timesteps
                 what = "a batch with different timesteps" if np.isnan(where.value) else f"timestep {where.value:g}"
                 _warn(
                     f"the mask ({len(steps)} steps, {steps[0]:g} to {steps[-1]:g}) does not know {what}; such calls compute "
-                    "every block. Use the scheduler and number of steps that the mask was made for."
+                    "every block. Use the scheduler and number of steps that the mask was made for, or "
+                    "fast.set_mask(mask.resample(scheduler.timesteps))."
                 )
         elif runs.calls < len(runs.trajectories) and runs.trajectories[runs.calls].next_step < where.step:
             counts.skipped += 1
-            if counts.skipped == 1:
+            if counts.unknown + counts.skipped == 1:
                 _warn(
                     f"this run skips from step {runs.trajectories[runs.calls].next_step - 1} of the mask to step {where.step}; "
-                    "a step after a skip computes every block that it needs. Make the mask for the timesteps of the run."
+                    "a step after a skip computes every block that it needs. Make the mask for the timesteps of the run, or "
+                    "call fast.set_mask(mask.resample(scheduler.timesteps))."
                 )
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
@@ -469,6 +472,12 @@ class OptimizedDenoiser(nn.Module):
         return sum(t.untyped_storage().nbytes() for r in runs for trajectory in r.trajectories for t in trajectory.cache)
 
     # ---- looking like the original --------------------------------------------------------------------------------------
+
+    @property
+    def __class__(self) -> Any:
+        """The original's: ``isinstance`` holds for both, and a pipeline saves the component as what it loads it as."""
+        original = self.__dict__.get("original")
+        return OptimizedDenoiser if original is None else type(original)
 
     def __getattr__(self, name: str) -> Any:
         try:
