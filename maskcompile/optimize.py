@@ -84,8 +84,8 @@ def optimize(
     compile_options: passed to torch.compile (mode, options, dynamic).
 
     Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with offloading hooks, or already
-    optimised, TypeError for options that torch.compile does not have. At the first call CaptureError where the model cannot be
-    captured.
+    optimised, TypeError for options that torch.compile does not have. A model that cannot be captured is
+    not compiled: its blocks are skipped module by module, which a warning and the report say.
     """
     options: dict[str, Any] = {
         "backend": backend, "timestep": timestep, "regions": regions, "max_graphs": max_graphs, "compiled": compiled,

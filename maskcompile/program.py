@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from maskcompile.mask import hash_blocks
 from maskcompile.signature import bind, check_capturable
 from passes.blocks import Block, BlockSelection, default_blocks, describe_blocks, select_modules
-from passes.capture import Capture, capture
+from passes.capture import Capture, CaptureError, capture
 from passes.dependencies import Slots, block_dependencies, slot_dependencies
 
 
@@ -86,7 +86,10 @@ def trace(model: nn.Module, *args: Any, blocks: BlockSelection | None = None, **
     """
     check_capturable(model)
     call = bind(model, args, kwargs)
-    captured = capture(model, call.args, call.kwargs, select_modules(model, blocks))
+    try:
+        captured = capture(model, call.args, call.kwargs, select_modules(model, blocks))
+    except CaptureError as error:
+        raise CaptureError(f"{error} A mask for it can be made of the names in maskcompile.block_names(model).") from error
     names = default_blocks(captured, model) if blocks is None else select_modules(model, blocks)
     described = describe_blocks(captured, names)
     return Program(type(model).__name__, described, hash_blocks(model, [b.name for b in described]), captured)

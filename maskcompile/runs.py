@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maskcompile.fallback import ModuleRun
 from maskcompile.mask import Mask
 from maskcompile.signature import Key
 from maskcompile.steps import Schedule
@@ -61,14 +62,14 @@ class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
     key: of the capture. schedule: that it follows. position: plans of it executed so far. next_step: the mask's step that
-    continues it. cache: see ``maskcompile.steps``.
+    continues it. cache: see ``maskcompile.steps`` and ``maskcompile.fallback``.
     """
 
     key: Key
-    schedule: Schedule
+    schedule: Schedule | ModuleRun
     position: int
     next_step: int
-    cache: tuple[Tensor, ...]
+    cache: tuple[Any, ...]
 
 
 class Runs(NamedTuple):

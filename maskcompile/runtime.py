@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from maskcompile.compile import Backend, Executable, compile_graph, compile_region, save_compiled
+from maskcompile.fallback import ModuleRun, Uncaptured
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.link import link
 from maskcompile.mask import Mask, check_blocks, check_mask
@@ -134,6 +135,7 @@ class OptimizedDenoiser(nn.Module):
         self._lock = threading.RLock()
         self._bind = Binder(original, signature, name)
         self._captures: dict[Key, _Captured] = {}
+        self._uncaptured: dict[Key, Uncaptured] = {}
         self._marked: set[str] = set()
         self._fingerprint: Fingerprint = {}
         self._volatile: set[tuple[str, str]] = set()
@@ -220,8 +222,8 @@ class OptimizedDenoiser(nn.Module):
                 with _MAKING:
                     if self._check_weights():
                         own, runs = self._threads.own, advance(Runs(), where)
-                    if call.key not in self._captures:
-                        self._captures[call.key] = self._capture(self._bind.bind(args, kwargs))
+                    if call.key not in self._captures and call.key not in self._uncaptured:
+                        self._try_capture(self._bind.bind(args, kwargs))
                     trajectory = self._begin(call.key, where)
             schedule = trajectory.schedule
             step = schedule.steps.get(trajectory.position)
@@ -254,7 +256,8 @@ class OptimizedDenoiser(nn.Module):
     def _begin(self, key: Key, where: Where) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache."""
         start = self._clock.following(where.order) if where.step is None else where.step
-        return Trajectory(key, self._schedule(key, start, leading=where.step is None), 0, start, ())
+        begin = self._module_run if key in self._uncaptured else self._schedule
+        return Trajectory(key, begin(key, start, leading=where.step is None), 0, start, ())
 
     def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
@@ -283,6 +286,18 @@ class OptimizedDenoiser(nn.Module):
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
 
+    def _try_capture(self, call: Call) -> None:
+        """Capture the denoiser, or note that its blocks have to be skipped module by module."""
+        try:
+            self._captures[call.key] = self._capture(call)
+        except CaptureError as error:
+            if not self._uncaptured:
+                warnings.warn(
+                    f"{error} Its blocks are skipped module by module, in eager PyTorch: nothing is compiled.", stacklevel=2
+                )
+            self._fingerprint = fingerprint(self.original)
+            self._uncaptured[call.key] = Uncaptured.of(call, str(error))
+
     def _capture(self, call: Call) -> _Captured:
         check_capturable(self.original)
         before = fingerprint(self.original)
@@ -308,10 +323,11 @@ class OptimizedDenoiser(nn.Module):
 
     def _check_weights(self) -> bool:
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
-        if not self._captures or changes(self._fingerprint, fingerprint(self.original)) <= self._volatile:
+        if not (self._captures or self._uncaptured) or changes(self._fingerprint, fingerprint(self.original)) <= self._volatile:
             return False
         self._recaptures += 1
         self._captures.clear()
+        self._uncaptured.clear()
         self._schedules.clear()
         self._slots.clear()
         self._merged.clear()
@@ -319,17 +335,27 @@ class OptimizedDenoiser(nn.Module):
         self._forget_runs()
         return True
 
+    def _rows(self, compute: NDArray[np.bool_], start: int, leading: bool) -> tuple[Any, tuple[float, ...] | None]:
+        """(rows, log-SNR) of the steps from ``start`` on, after one more that computes everything where ``leading``."""
+        rows = compute[start:]
+        log_snr = None if self._mask.log_snr is None else self._mask.log_snr[start:]
+        if leading:
+            rows = np.concatenate([np.ones_like(compute[:1]), rows])
+            log_snr = None if log_snr is None else (float("nan"), *log_snr)
+        return rows, log_snr
+
+    def _module_run(self, key: Key, start: int, leading: bool) -> ModuleRun:
+        """The same without a graph."""
+        rows, log_snr = self._rows(self._mask.compute, start, leading)
+        return ModuleRun(self.original, self._uncaptured[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
+
     def _schedule(self, key: Key, start: int, leading: bool) -> Schedule:
         """Plans of the steps from ``start`` on, after one more that computes everything where ``leading``."""
         known = self._schedules.get((key, start, leading))
         if known is None:
             if key not in self._slots:
                 self._slots[key] = slot_dependencies(self._captures[key].capture, self._mask.blocks)
-            rows = self._compute(key)[start:]
-            log_snr = None if self._mask.log_snr is None else self._mask.log_snr[start:]
-            if leading:
-                rows = np.concatenate([np.ones_like(self._mask.compute[:1]), rows])
-                log_snr = None if log_snr is None else (float("nan"), *log_snr)
+            rows, log_snr = self._rows(self._compute(key), start, leading)
             merged = self._max_graphs is not None and not start and not leading
             plan = plan_merged if merged else plan_run
             plans = plan(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
@@ -393,8 +419,10 @@ class OptimizedDenoiser(nn.Module):
         self.reset()
         with torch.no_grad(), self._lock, _MAKING:
             self._check_weights()
-            if call.key not in self._captures:
-                self._captures[call.key] = self._capture(call)
+            if call.key not in self._captures and call.key not in self._uncaptured:
+                self._try_capture(call)
+            if call.key in self._uncaptured:
+                return
             captured = self._captures[call.key]
             schedule = self._schedule(call.key, 0, leading=False)
             first: dict[GraphKey, int] = {}
@@ -456,6 +484,7 @@ class OptimizedDenoiser(nn.Module):
             blocks=len(self._mask.blocks),
             steps=self._mask.steps,
             signatures=tuple(signatures),
+            uncaptured=tuple((found.described, found.reason) for found in self._uncaptured.values()),
             calls=self._counts.calls,
             reusing_calls=self._counts.reusing,
             unknown_timesteps=self._counts.unknown,
@@ -469,11 +498,12 @@ class OptimizedDenoiser(nn.Module):
         """Bytes that the runs in progress hold at this moment."""
         with self._lock:
             runs = [own.runs for own in self._in_progress]
-        return sum(t.untyped_storage().nbytes() for r in runs for trajectory in r.trajectories for t in trajectory.cache)
+        held = pytree.tree_leaves([trajectory.cache for r in runs for trajectory in r.trajectories])
+        return sum(t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor))
 
     # ---- looking like the original --------------------------------------------------------------------------------------
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The original's: ``isinstance`` holds for both, and a pipeline saves the component as what it loads it as."""
         original = self.__dict__.get("original")
