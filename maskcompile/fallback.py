@@ -128,7 +128,7 @@ class ModuleRun:
         with _replaced_forwards(self, stored, position):
             result = self.model(*args, **kwargs)
         wanted = ~self.compute[position + 1 :].all(axis=0)  # blocks that a later step reuses
-        later = {block for block, is_wanted in zip(self.blocks, wanted.tolist(), strict=True) if is_wanted}
+        later = {block for block, is_wanted in zip(self.blocks, list(wanted), strict=True) if is_wanted}
         return result, {call: outputs for call, outputs in stored.items() if call[0] in later}
 
 
@@ -137,7 +137,7 @@ def _replaced_forwards(run: ModuleRun, stored: dict[BlockCall, Outputs], positio
     """Within, the blocks do what the mask says for the step at ``position``, if called by this thread."""
     modules = [run.model.get_submodule(block) for block in run.blocks]
     own = [vars(module).get("forward") for module in modules]
-    row: list[bool] = run.compute[position].tolist()
+    row = [bool(computes) for computes in run.compute[position]]
     called: Counter[str] = Counter()
     thread = threading.get_ident()
 
