@@ -1,4 +1,5 @@
-"""Masks on denoisers that torch.export cannot capture: blocks are skipped module by module, in eager PyTorch.
+"""Masks on denoisers that torch.export cannot capture, or whose weights hooks move about while they run (offloading): blocks
+are skipped module by module, in eager PyTorch.
 
 During a call the ``forward`` of every block is another function, which returns what the reuse rule makes of the block's last
 outputs where the mask reuses it, and keeps them where a later step does. Afterwards the modules are as they were. Results are
@@ -50,19 +51,21 @@ Cache = Mapping[BlockCall, Outputs]
 class Uncaptured:
     """A denoiser at one input signature of which there is no graph.
 
-    leaves, spec: of (args, kwargs) in canonical form, TENSOR for the tensors. reason: what the capture said.
+    leaves, spec: of (args, kwargs) in canonical form, TENSOR for the tensors. reason: what the capture said. hooked: whether
+    only because of hooks that move weights about.
     """
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     described: str
     reason: str
+    hooked: bool
 
     @staticmethod
-    def of(call: Call, reason: str) -> Uncaptured:
+    def of(call: Call, reason: str, hooked: bool) -> Uncaptured:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         kept = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return Uncaptured(kept, spec, describe(call), reason)
+        return Uncaptured(kept, spec, describe(call), reason, hooked)
 
     def arguments(self, tensors: Sequence[Tensor]) -> Any:
         """(args, kwargs) with these tensors."""
@@ -127,8 +130,7 @@ class ModuleRun:
         args, kwargs = self.like.arguments(tensors)
         with _replaced_forwards(self, stored, position):
             result = self.model(*args, **kwargs)
-        wanted = ~self.compute[position + 1 :].all(axis=0)  # blocks that a later step reuses
-        later = {block for block, is_wanted in zip(self.blocks, list(wanted), strict=True) if is_wanted}
+        later = {block for column, block in enumerate(self.blocks) if not self.compute[position + 1 :, column].all()}
         return result, {call: outputs for call, outputs in stored.items() if call[0] in later}
 
 

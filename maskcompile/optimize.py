@@ -13,7 +13,7 @@ from torch import nn
 from maskcompile.compile import Backend, load_compiled
 from maskcompile.mask import Mask
 from maskcompile.runtime import OptimizedDenoiser
-from maskcompile.signature import check_capturable
+from maskcompile.signature import check_runnable
 
 #: Where a pipeline holds its denoisers. Of two experts (Wan 2.2) each has steps of its own.
 DENOISERS = ("transformer", "unet", "transformer_2")
@@ -83,9 +83,10 @@ def optimize(
     warning.
     compile_options: passed to torch.compile (mode, options, dynamic).
 
-    Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with offloading hooks, or already
-    optimised, TypeError for options that torch.compile does not have. A model that cannot be captured is
-    not compiled: its blocks are skipped module by module, which a warning and the report say.
+    Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with a cache of diffusers, or already
+    optimised, TypeError for options that torch.compile does not have. A model that cannot be captured, or that has offloading
+    hooks, is not compiled: its blocks are skipped module by module, which a warning and the report say. (Optimise a pipeline
+    before ``enable_model_cpu_offload``, whose hook then sits outside and changes nothing.)
     """
     options: dict[str, Any] = {
         "backend": backend, "timestep": timestep, "regions": regions, "max_graphs": max_graphs, "compiled": compiled,
@@ -107,7 +108,7 @@ def optimize(
         raise TypeError(f"torch.compile has no option {sorted(unknown)[0]!r}.")
     if backend == "eager" and compile_options:
         raise ValueError(f"backend 'eager' compiles nothing; leave out {sorted(compile_options)[0]!r}.")
-    check_capturable(model)
+    check_runnable(model)
     if max_graphs is not None and max_graphs < 1:
         raise ValueError(f"a run needs at least one graph; got max_graphs={max_graphs}.")
     if compiled is not None:

@@ -33,7 +33,18 @@ from maskcompile.link import link
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.report import Report, SignatureReport
 from maskcompile.runs import Clock, Runs, Trajectory, Where, advance, commit, current, locate
-from maskcompile.signature import Binder, Bound, Call, Key, check_autocast, check_capturable, describe, timestep_name
+from maskcompile.signature import (
+    Binder,
+    Bound,
+    Call,
+    Key,
+    check_autocast,
+    check_capturable,
+    check_runnable,
+    describe,
+    find_hook,
+    timestep_name,
+)
 from maskcompile.steps import Graph, Schedule
 from passes.capture import Capture, CaptureError, Slot, capture, composite_modules
 from passes.dependencies import Slots, result_nodes, slot_dependencies
@@ -136,6 +147,7 @@ class OptimizedDenoiser(nn.Module):
         self._bind = Binder(original, signature, name)
         self._captures: dict[Key, _Captured] = {}
         self._uncaptured: dict[Key, Uncaptured] = {}
+        self._warned_uncaptured = False
         self._marked: set[str] = set()
         self._fingerprint: Fingerprint = {}
         self._volatile: set[tuple[str, str]] = set()
@@ -288,15 +300,21 @@ class OptimizedDenoiser(nn.Module):
 
     def _try_capture(self, call: Call) -> None:
         """Capture the denoiser, or note that its blocks have to be skipped module by module."""
-        try:
-            self._captures[call.key] = self._capture(call)
-        except CaptureError as error:
-            if not self._uncaptured:
+        check_runnable(self.original)
+        reason = hook = find_hook(self.original)
+        if hook is None:
+            try:
+                self._captures[call.key] = self._capture(call)
+            except CaptureError as error:
+                reason = str(error)
+        if reason is not None:
+            if not self._warned_uncaptured:
+                reason = reason.rstrip(".")
                 warnings.warn(
-                    f"{error} Its blocks are skipped module by module, in eager PyTorch: nothing is compiled.", stacklevel=2
+                    f"{reason}. Its blocks are skipped module by module, in eager PyTorch: nothing is compiled.", stacklevel=2
                 )
-            self._fingerprint = fingerprint(self.original)
-            self._uncaptured[call.key] = Uncaptured.of(call, str(error))
+            self._warned_uncaptured = True
+            self._uncaptured[call.key] = Uncaptured.of(call, reason, hook is not None)
 
     def _capture(self, call: Call) -> _Captured:
         check_capturable(self.original)
@@ -323,17 +341,21 @@ class OptimizedDenoiser(nn.Module):
 
     def _check_weights(self) -> bool:
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
-        if not (self._captures or self._uncaptured) or changes(self._fingerprint, fingerprint(self.original)) <= self._volatile:
+        if any(found.hooked for found in self._uncaptured.values()) and find_hook(self.original) is None:
+            self._uncaptured.clear()
+        if not self._changed():
             return False
         self._recaptures += 1
         self._captures.clear()
-        self._uncaptured.clear()
         self._schedules.clear()
         self._slots.clear()
         self._merged.clear()
         self._shared.clear()
         self._forget_runs()
         return True
+
+    def _changed(self) -> bool:
+        return bool(self._captures) and not changes(self._fingerprint, fingerprint(self.original)) <= self._volatile
 
     def _rows(self, compute: NDArray[np.bool_], start: int, leading: bool) -> tuple[Any, tuple[float, ...] | None]:
         """(rows, log-SNR) of the steps from ``start`` on, after one more that computes everything where ``leading``."""
@@ -531,14 +553,22 @@ class OptimizedDenoiser(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:
         with self._lock:
             self.original.to(*args, **kwargs)
-            self._check_weights()
+            self._moved()
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedDenoiser:
         with self._lock:
             self.original._apply(fn, recurse)
-            self._check_weights()
+            self._moved()
         return self
+
+    def _moved(self) -> None:
+        """Where weights are elsewhere now, or of another dtype, no run goes on; whether captures still hold shows at the next.
+
+        With model offloading they are back by then.
+        """
+        if self._changed():
+            self._forget_runs()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedDenoiser:
         return self._rebuild(copy.deepcopy(self.original, memo))

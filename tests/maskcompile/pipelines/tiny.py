@@ -42,7 +42,7 @@ def text_unet():
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(16,), norm_num_groups=8, attention_head_dim=2, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
     )  # fmt: skip
     return randomised(model)
 
@@ -87,7 +87,9 @@ def ldm_super_resolution():
 def dit():
     torch.manual_seed(0)
     # The pipeline's null class is 1000.
-    model = diffusers.DiTTransformer2DModel.from_config({**architecture("dit").model.config, "num_embeds_ada_norm": 1000}).eval()
+    model = diffusers.DiTTransformer2DModel.from_config(
+        {**architecture("dit").model.config, "num_embeds_ada_norm": 1000}
+    ).eval()
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8).eval()
     pipe = diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler())
@@ -175,7 +177,9 @@ def _pooled(width):
 
 def sdxl():
     unet = architecture("unet_sdxl").model
-    pipe = diffusers.StableDiffusionXLPipeline(_vae(), None, None, None, None, unet, diffusers.EulerDiscreteScheduler(), add_watermarker=False)
+    pipe = diffusers.StableDiffusionXLPipeline(
+        _vae(), None, None, None, None, unet, diffusers.EulerDiscreteScheduler(), add_watermarker=False
+    )
     return pipe, _run(**_prompt(), **_pooled(8), height=64, width=64)
 
 
@@ -192,7 +196,9 @@ def _flux(name, **given):
 
 
 def flux_distilled():
-    return _flux("flux_guidance", prompt_embeds=_prompt()["prompt_embeds"], pooled_prompt_embeds=_pooled(12)["pooled_prompt_embeds"])
+    return _flux(
+        "flux_guidance", prompt_embeds=_prompt()["prompt_embeds"], pooled_prompt_embeds=_pooled(12)["pooled_prompt_embeds"]
+    )
 
 
 def flux_guided_separately():
@@ -202,7 +208,9 @@ def flux_guided_separately():
 def sana():
     masks = {name: torch.ones(2, 6) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")}
     pipe = diffusers.SanaPipeline(None, None, None, architecture("sana").model, diffusers.FlowMatchEulerDiscreteScheduler())
-    return pipe, _run(**_prompt(width=8, length=6), **masks, negative_prompt=None, height=256, width=256, use_resolution_binning=False)
+    return pipe, _run(
+        **_prompt(width=8, length=6), **masks, negative_prompt=None, height=256, width=256, use_resolution_binning=False
+    )
 
 
 def _wan(**components):
@@ -223,7 +231,9 @@ def wan_two_experts():
 
 
 def qwen_image():
-    pipe = diffusers.QwenImagePipeline(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, architecture("qwen_image").model)
+    pipe = diffusers.QwenImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, architecture("qwen_image").model
+    )
     masks = {name: torch.ones(2, 6, dtype=torch.long) for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask")}
     return pipe, _run(**_prompt(length=6), **masks, true_cfg_scale=4.0, height=64, width=64)
 
