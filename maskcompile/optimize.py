@@ -30,6 +30,7 @@ def optimize(
     timestep: str | None = ...,
     regions: bool | None = ...,
     max_graphs: int | None = ...,
+    max_captures: int = ...,
     compiled: str | os.PathLike[str] | None = ...,
     **compile_options: Any,
 ) -> OptimizedDenoiser: ...
@@ -44,6 +45,7 @@ def optimize(
     timestep: str | None = ...,
     regions: bool | None = ...,
     max_graphs: int | None = ...,
+    max_captures: int = ...,
     compiled: str | os.PathLike[str] | None = ...,
     **compile_options: Any,
 ) -> _Pipeline: ...
@@ -57,6 +59,7 @@ def optimize(
     timestep: str | None = None,
     regions: bool | None = None,
     max_graphs: int | None = None,
+    max_captures: int = 8,
     compiled: str | os.PathLike[str] | None = None,
     **compile_options: Any,
 ) -> Any:
@@ -78,6 +81,7 @@ def optimize(
     max_graphs: how many graphs a run may need. Rows of the mask are merged upwards until they need no more, so that some steps
     compute blocks that the mask would reuse; the report says what that costs. Runs that do not start at the first step of the
     mask may need others.
+    max_captures: how many input signatures (sizes, batches, keywords) are kept captured; those used least recently go first.
     compiled: a file of ``fast.save_compiled(path)``, from which regions are taken instead of being compiled. It holds code:
     load only what you trust. One that was made elsewhere (torch, processor, GPU), or is no such file, is left aside with a
     warning.
@@ -89,7 +93,8 @@ def optimize(
     before ``enable_model_cpu_offload``, whose hook then sits outside and changes nothing.)
     """
     options: dict[str, Any] = {
-        "backend": backend, "timestep": timestep, "regions": regions, "max_graphs": max_graphs, "compiled": compiled,
+        "backend": backend, "timestep": timestep, "regions": regions, "max_graphs": max_graphs, "max_captures": max_captures,
+        "compiled": compiled,
         **compile_options,
     }  # fmt: skip
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping):
@@ -111,12 +116,21 @@ def optimize(
     check_runnable(model)
     if max_graphs is not None and max_graphs < 1:
         raise ValueError(f"a run needs at least one graph; got max_graphs={max_graphs}.")
+    if max_captures < 1:
+        raise ValueError(f"at least one capture has to be kept; got max_captures={max_captures}.")
     if compiled is not None:
         load_compiled(compiled)
     if regions is None:  # the buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region
         regions = backend != "eager" and compile_options.get("mode") != "reduce-overhead"
     return OptimizedDenoiser(
-        model, mask, backend=backend, timestep=timestep, regions=regions, max_graphs=max_graphs, options=compile_options
+        model,
+        mask,
+        backend=backend,
+        timestep=timestep,
+        regions=regions,
+        max_graphs=max_graphs,
+        max_captures=max_captures,
+        options=compile_options,
     )
 
 

@@ -121,6 +121,7 @@ class OptimizedDenoiser(nn.Module):
         timestep: str | None,
         regions: bool,
         max_graphs: int | None,
+        max_captures: int,
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -141,6 +142,7 @@ class OptimizedDenoiser(nn.Module):
         self._backend = backend
         self._regions = regions
         self._max_graphs = max_graphs
+        self._max_captures = max_captures
         self._options = dict(options)
         self._timestep = name
         self._lock = threading.RLock()
@@ -267,9 +269,23 @@ class OptimizedDenoiser(nn.Module):
 
     def _begin(self, key: Key, where: Where) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache."""
+        self._use(key)
         start = self._clock.following(where.order) if where.step is None else where.step
         begin = self._module_run if key in self._uncaptured else self._schedule
         return Trajectory(key, begin(key, start, leading=where.step is None), 0, start, ())
+
+    def _use(self, key: Key) -> None:
+        """Let go of the captures that were used least recently, where there are more than may be. Runs go on with theirs."""
+        for known in (self._captures, self._uncaptured):
+            if key in known:
+                known[key] = known.pop(key)  # type: ignore[assignment]
+            while len(known) > self._max_captures:
+                old = next(iter(known))
+                del known[old]
+                for made in (self._slots, self._merged, self._shared):
+                    made.pop(old, None)  # type: ignore[attr-defined]
+                for entry in [entry for entry in self._schedules if entry[0] == old]:
+                    del self._schedules[entry]
 
     def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
@@ -582,6 +598,7 @@ class OptimizedDenoiser(nn.Module):
             "timestep": self._timestep,
             "regions": self._regions,
             "max_graphs": self._max_graphs,
+            "max_captures": self._max_captures,
             "options": self._options,
         }
 

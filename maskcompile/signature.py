@@ -256,7 +256,8 @@ def check_runnable(model: nn.Module) -> None:
     name = type(model).__name__
     for path, module in model.named_modules():
         place = f"{name}.{path}" if path else name
-        if module.training:
+        # Layers that adapters and fusing add are in train mode by default, which matters to few.
+        if module.training and (module is model or _trained(module)):
             raise ValueError(f"{place} is in train mode; call .eval() on the denoiser first.")
         others = [hook for hook in _diffusers_hooks(module) if not any(word in hook for word in _HARMLESS)]
         if others:
@@ -264,6 +265,13 @@ def check_runnable(model: nn.Module) -> None:
                 f"{place} has a diffusers hook ({', '.join(others)}); a mask cannot be combined with other caches."
             )
     check_autocast()
+
+
+def _trained(module: nn.Module) -> bool:
+    """Whether a module alone is random, or changes, in train mode. Others do in it what a capture sees."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.RReLU, nn.MultiheadAttention, nn.RNNBase))
 
 
 def find_hook(model: nn.Module) -> str | None:
