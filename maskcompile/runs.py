@@ -115,6 +115,8 @@ def locate(clock: Clock, timestep: Tensor, last: Where | None) -> Where:
 
     A timestep matches the nearest one of the mask within the rounding of its dtype (pipelines scale and cast timesteps).
     """
+    if not timestep.numel():
+        raise ValueError("the denoiser was called with an empty tensor for its timestep.")
     source = _source(timestep, last.source if last is not None else None)
     if source is not None and source.values is not None:
         value = float(source.values[timestep.storage_offset()])
