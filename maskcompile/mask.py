@@ -178,10 +178,10 @@ class Mask:
     def resample(self, timesteps: Iterable[float], *, log_snr: Iterable[float] | None = None) -> Mask:
         """The mask for a run of other timesteps: another number of steps, other spacing, a run that starts late.
 
-        Every new step takes the row of one of the mask's steps that it stands for, those whose timesteps are nearer to its own
-        than to its neighbours', or of a step beside them. Which of them is chosen so that every block is computed as often as
-        before up to there (error diffusion, as in dithering), for taking the nearest row would make of every second step
-        computed either all or none of half as many steps. The first step of the run takes the mask's first row. A run of more steps repeats rows. On
+        Every new step takes the row of one of the mask's steps that it stands for: those whose timesteps are nearer to its own
+        than to its neighbours'. Which of them is chosen so that every block is computed as often as before up to there
+        (error diffusion, as in dithering), for taking the nearest row would make of every second step computed either all or
+        none of half as many steps. The first step of the run takes the mask's first row. A run of more steps repeats rows. On
         its own timesteps a mask stays as it is.
 
         timesteps: in sampling order, in the mask's direction, of any number. log_snr: at each of them; where the mask has a
@@ -341,10 +341,8 @@ def _rows_for(compute: NDArray[np.bool_], places: NDArray[np.float64]) -> list[i
             steps, weights = np.zeros(1, dtype=np.int64), np.ones(1)
         elif not len(steps):  # before the mask's first step, or after its last
             steps, weights = np.array([round(float(place))]), np.ones(1)
-        owed += weights @ compute[steps] / weights.sum()
-        if chosen:  # one step to either side, or what is due could wait for the next time that its row comes by
-            steps = np.arange(max(0, steps[0] - 1), min(last, steps[-1] + 1) + 1)
         rows = compute[steps].astype(np.float64)
+        owed += weights @ rows / weights.sum()
         missing = owed - rows
         # Of all blocks together too: single ones even out, and their sum is what a run costs.
         step = int(((missing**2).sum(1) + missing.sum(1) ** 2).argmin()) if compute.shape[1] else 0

@@ -241,7 +241,7 @@ def test_resampling_keeps_the_rhythm_of_a_schedule(interval, new):
     assert abs(other.mean() - compute.mean()) <= 1.5 / new
     assert len({row.tobytes() for row in other}) == 2
     gaps = np.diff(np.flatnonzero(np.append(other[:, 0], True)))
-    assert gaps.max() <= interval * max(1, new / 50) + 1
+    assert gaps.max() <= 2 * interval * max(1, new / 50)
 
 
 def test_resampling_a_late_or_wrong_run():

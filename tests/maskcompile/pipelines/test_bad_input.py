@@ -63,7 +63,7 @@ def test_something_else_than_a_denoiser_or_pipeline(unchanged, optimised):
 
 def test_a_mask_of_another_checkpoint_family(unchanged, optimised):
     """Same block names, wider blocks: the hash differs."""
-    pipe, fast = unchanged
+    _pipe, fast = unchanged
     mask = optimised[2]
     wide = diffusers.PixArtTransformer2DModel(
         sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, cross_attention_dim=32,

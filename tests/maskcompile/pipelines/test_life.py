@@ -45,7 +45,8 @@ def test_half_precision(dtype):
     prompts = {name: tensor.to(dtype) for name, tensor in _prompt().items()}
     before = assert_is_the_executor(pipe, run, mask)
     pipe.to(dtype)
-    assert fast.dtype == fast.original.dtype == dtype
+    assert fast.dtype == fast.original.dtype == pipe.dtype == dtype
+    assert pipe.device == fast.device == torch.device("cpu")
     ours = assert_is_the_executor(pipe, run, mask, **prompts)
     assert ours.dtype == dtype
     assert ours.isfinite().all()
