@@ -17,6 +17,7 @@ if getattr(passes, "OWNER", None) != "maskcompile":
 from maskcompile import schedules
 from maskcompile._version import __version__
 from maskcompile.accounting import Cost, cost, count_macs, rectify
+from maskcompile.fallback import block_names
 from maskcompile.learn import Search, learn
 from maskcompile.learning.scores import Paper
 from maskcompile.mask import Mask, MaskError
@@ -40,6 +41,7 @@ __all__ = [
     "Report",
     "Search",
     "__version__",
+    "block_names",
     "cost",
     "count_macs",
     "learn",

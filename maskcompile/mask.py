@@ -175,6 +175,38 @@ class Mask:
         described |= {} if isinstance(log_snr, EllipsisType) else {"log_snr": log_snr}
         return Mask(self.compute if compute is None else compute, **described)
 
+    def resample(self, timesteps: Iterable[float], *, log_snr: Iterable[float] | None = None) -> Mask:
+        """The mask for a run of other timesteps: another number of steps, other spacing, a run that starts late.
+
+        Every new step takes the row of one of the mask's steps that it stands for: those whose timesteps are nearer to its own
+        than to its neighbours'. Which of them is chosen so that every block is computed as often as before up to there
+        (error diffusion, as in dithering), for taking the nearest row would make of every second step computed either all or
+        none of half as many steps. The first step of the run takes the mask's first row. A run of more steps repeats rows. On
+        its own timesteps a mask stays as it is.
+
+        timesteps: in sampling order, in the mask's direction, of any number. log_snr: at each of them; where the mask has a
+        log-SNR and none is given, it is interpolated along the timesteps. Raises MaskError for timesteps in the other direction
+        and whatever ``Mask`` raises.
+        """
+        new = _numbers(timesteps, "timesteps")
+        if not new:
+            raise MaskError("a mask needs at least one timestep.")
+        own = np.asarray(self.timesteps, dtype=np.float64)
+        sign = -1.0 if self.steps > 1 and own[1] < own[0] else 1.0
+        if self.steps > 1 and len(new) > 1 and (new[1] - new[0]) * sign < 0:
+            raise MaskError(
+                f"the mask's timesteps {'fall' if sign < 0 else 'rise'} from {own[0]:g} to {own[-1]:g}; a mask cannot be "
+                f"resampled to timesteps that go the other way, {new[0]:g} to {new[-1]:g}."
+            )
+        snr = None if log_snr is None else _numbers(log_snr, "log_snr")
+        if snr is None and self.log_snr is not None:
+            snr = tuple(_line(sign * np.asarray(new), sign * own, np.asarray(self.log_snr)).tolist())
+        chosen = _rows_for(self.compute, np.interp(sign * np.asarray(new), sign * own, np.arange(self.steps, dtype=np.float64)))
+        described = self._described() | {"timesteps": new, "log_snr": snr}
+        if new != self.timesteps:
+            described["provenance"] = {**self.provenance, "resampled": f"{self.steps} to {len(new)} steps"}
+        return Mask(self.compute[chosen], **described)
+
     def __eq__(self, other: object) -> bool:
         """Same decisions for the same blocks at the same timesteps; provenance does not count."""
         if not isinstance(other, Mask):
@@ -286,6 +318,46 @@ class Mask:
 
 def _rebuild(compute: Any, described: dict[str, Any]) -> Mask:
     return Mask(compute, **described)
+
+
+def _rows_for(compute: NDArray[np.bool_], places: NDArray[np.float64]) -> list[int]:
+    """The step of a mask whose row each step of another run takes.
+
+    places: where in the mask each step is, 1.5 halfway between the steps 1 and 2. The step stands for what lies between the
+    middles to its neighbours; the mask's step i reaches from i - 0.5 to i + 0.5.
+    """
+    last = len(compute) - 1
+    middles = (places[1:] + places[:-1]) / 2
+    before = 2 * places[:1] - middles[:1] if len(middles) else [-0.5]
+    after = 2 * places[-1:] - middles[-1:] if len(middles) else [last + 0.5]
+    edges = np.clip(np.concatenate([before, middles, after]), -0.5, last + 0.5)
+    owed = np.zeros(compute.shape[1])  # computations of each block, as yet
+    chosen: list[int] = []
+    for place, left, right in zip(places, edges[:-1], edges[1:], strict=True):
+        steps = np.arange(max(0, int(np.ceil(left - 0.5))), min(last, int(np.floor(right + 0.5))) + 1)
+        weights = np.minimum(right, steps + 0.5) - np.maximum(left, steps - 0.5)
+        steps, weights = steps[weights > 1e-9], weights[weights > 1e-9]
+        if not chosen:  # nothing is stored yet
+            steps, weights = np.zeros(1, dtype=np.int64), np.ones(1)
+        elif not len(steps):  # before the mask's first step, or after its last
+            steps, weights = np.array([round(float(place))]), np.ones(1)
+        rows = compute[steps].astype(np.float64)
+        owed += weights @ rows / weights.sum()
+        missing = owed - rows
+        # Of all blocks together too: single ones even out, and their sum is what a run costs.
+        step = int(((missing**2).sum(1) + missing.sum(1) ** 2).argmin()) if compute.shape[1] else 0
+        owed = missing[step]
+        chosen.append(int(steps[step]))
+    return chosen
+
+
+def _line(at: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Linear interpolation of y over rising x, and beyond its ends along the first and last piece."""
+    if len(x) == 1:
+        return np.asarray(y[0] - (at - x[0]))
+    piece = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
+    share = (at - x[piece]) / (x[piece + 1] - x[piece])
+    return np.asarray(y[piece] * (1 - share) + y[piece + 1] * share)
 
 
 def hash_blocks(model: nn.Module, blocks: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from maskcompile.captures import capture_once
 from maskcompile.mask import hash_blocks
 from maskcompile.signature import bind, check_capturable
 from passes.blocks import Block, BlockSelection, default_blocks, describe_blocks, select_modules
-from passes.capture import Capture
+from passes.capture import Capture, CaptureError
 from passes.dependencies import Slots, block_dependencies, slot_dependencies
 
 
@@ -88,7 +88,10 @@ def trace(model: nn.Module, *args: Any, blocks: BlockSelection | None = None, **
     check_capturable(model)
     call = bind(model, args, kwargs)
     chosen = select_modules(model, blocks)
-    found = capture_once(model, call, chosen).capture
+    try:
+        found = capture_once(model, call, chosen).capture
+    except CaptureError as error:
+        raise CaptureError(f"{error} A mask for it can be made of the names in maskcompile.block_names(model).") from error
     names = default_blocks(found, model) if blocks is None else chosen
     described = describe_blocks(found, names)
     return Program(type(model).__name__, described, hash_blocks(model, [b.name for b in described]), found)

@@ -40,10 +40,11 @@ class SignatureReport:
 class Report:
     """The state of an optimised denoiser.
 
-    blocks, steps: of the mask. calls: since the mask was set. reusing_calls: those that reused any block. unknown_timesteps:
-    calls at a timestep that the mask does not know. skips: times that a run went past steps of the mask. recaptures: times
-    that weights, modules or settings were found replaced. recorded: CUDA graphs. arena_bytes: of the inputs and caches that
-    they work on. not_recorded: why one could not be. cache_bytes: held now by runs in progress.
+    blocks, steps: of the mask. uncaptured: (inputs, reason) where there is no graph, and modules are skipped in eager PyTorch,
+    so that nothing is compiled and MACs are not known. calls: since the mask was set. reusing_calls: those that reused any
+    block. unknown_timesteps: calls at a timestep that the mask does not know. skips: times that a run went past steps of the
+    mask. recaptures: times that weights, modules or settings were found replaced. recorded: CUDA graphs. arena_bytes: of the
+    inputs and caches that they work on. not_recorded: why one could not be. cache_bytes: held now by runs in progress.
     """
 
     denoiser: str
@@ -51,6 +52,7 @@ class Report:
     blocks: int
     steps: int
     signatures: tuple[SignatureReport, ...]
+    uncaptured: tuple[tuple[str, str], ...]
     calls: int
     reusing_calls: int
     unknown_timesteps: int
@@ -63,7 +65,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.denoiser}: mask of {self.steps} steps x {self.blocks} blocks, backend {self.backend}"]
-        if not self.signatures:
+        if not self.signatures and not self.uncaptured:
             lines.append("  not captured yet: the first call, or warmup(), captures and compiles")
         for s in self.signatures:
             speedup = s.full_macs / s.macs if s.macs else float("inf")
@@ -91,6 +93,8 @@ class Report:
                     else []
                 ),
             ]
+        for inputs, reason in self.uncaptured:
+            lines += [f"  inputs {inputs}", f"    NOT COMPILED blocks are skipped module by module, in eager PyTorch: {reason}"]
         lines.append(f"  calls          {self.calls}, of which {self.reusing_calls} reused at least one block")
         if self.unknown_timesteps:
             lines.append(

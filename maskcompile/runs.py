@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maskcompile.fallback import ModuleRun
 from maskcompile.mask import Mask
 from maskcompile.replay import Lease
 from maskcompile.signature import Key
@@ -62,14 +63,15 @@ class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
     key: of the capture. schedule: that it follows. position: plans of it executed so far. next_step: the mask's step that
-    continues it. cache: see ``maskcompile.steps``; empty for a run with a ``lease`` on memory of its own.
+    continues it. cache: see ``maskcompile.steps`` and ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of
+    its own.
     """
 
     key: Key
-    schedule: Schedule
+    schedule: Schedule | ModuleRun
     position: int
     next_step: int
-    cache: tuple[Tensor, ...]
+    cache: tuple[Any, ...]
     lease: Lease | None = None
 
 
@@ -116,6 +118,8 @@ def locate(clock: Clock, timestep: Tensor, last: Where | None) -> Where:
 
     A timestep matches the nearest one of the mask within the rounding of its dtype (pipelines scale and cast timesteps).
     """
+    if not timestep.numel():
+        raise ValueError("the denoiser was called with an empty tensor for its timestep.")
     source = _source(timestep, last.source if last is not None else None)
     if source is not None and source.values is not None:
         value = float(source.values[timestep.storage_offset()])

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from maskcompile.captures import capture_once
 from maskcompile.compile import Backend, Executable, compile_graph, compile_region, save_compiled
+from maskcompile.fallback import ModuleRun, ModuleStep, Uncaptured
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.link import link
 from maskcompile.mask import Mask, check_blocks, check_mask
@@ -41,8 +42,10 @@ from maskcompile.signature import (
     Key,
     check_autocast,
     check_capturable,
+    check_runnable,
     describe,
     double_batch,
+    find_hook,
     other_batch,
     timestep_name,
 )
@@ -140,6 +143,7 @@ class OptimizedDenoiser(nn.Module):
         max_graphs: int | None,
         cuda_graphs: CudaGraphs,
         dynamic: bool | None,
+        max_captures: int,
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -155,17 +159,21 @@ class OptimizedDenoiser(nn.Module):
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = original.__dict__[kind]
         self.__dict__["original"] = original
+        self.__dict__["__module__"] = type(original).__module__  # with __class__, by which pipelines name their components
         self.training = original.training
         self._backend = backend
         self._regions = regions
         self._max_graphs = max_graphs
         self._cuda_graphs = cuda_graphs
         self._dynamic = dynamic
+        self._max_captures = max_captures
         self._options = dict(options)
         self._timestep = name
         self._lock = threading.RLock()
         self._bind = Binder(original, signature, name)
         self._captures: dict[Key, _Captured] = {}
+        self._uncaptured: dict[Key, Uncaptured] = {}
+        self._warned_uncaptured = False
         self._marked: set[str] = set()
         self._fingerprint: Fingerprint = {}
         self._volatile: set[tuple[str, str]] = set()
@@ -257,8 +265,8 @@ class OptimizedDenoiser(nn.Module):
                 with _MAKING:
                     if self._check_weights():
                         own, runs = self._threads.own, advance(Runs(), where)
-                    if call.key not in self._captures:
-                        self._captures[call.key] = self._serving(self._bind.bind(args, kwargs))
+                    if call.key not in self._captures and call.key not in self._uncaptured:
+                        self._try_capture(self._bind.bind(args, kwargs))
                     trajectory = self._begin(call, where, runs)
         try:
             step, outputs, cache = self._step(trajectory, call.tensors)
@@ -274,7 +282,9 @@ class OptimizedDenoiser(nn.Module):
             trajectory.lease.committed = True
         return trajectory.schedule.assemble(outputs[: step.graph.results])
 
-    def _step(self, trajectory: Trajectory, inputs: tuple[Tensor, ...]) -> tuple[Step, Sequence[Tensor], tuple[Tensor, ...]]:
+    def _step(
+        self, trajectory: Trajectory, inputs: tuple[Tensor, ...]
+    ) -> tuple[Step | ModuleStep, Sequence[Tensor], tuple[Any, ...]]:
         """(the step that a trajectory is at, the outputs of its graph, the cache after it)"""
         schedule, lease, position = trajectory.schedule, trajectory.lease, trajectory.position
         step = schedule.steps.get(position)
@@ -304,8 +314,12 @@ class OptimizedDenoiser(nn.Module):
 
     def _begin(self, call: Bound, where: Where, runs: Runs) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache. runs: of this thread, as they are then."""
+        self._use(call.key)
         start = self._clock.following(where.order) if where.step is None else where.step
-        schedule = self._schedule(call.key, start, leading=where.step is None)
+        leading = where.step is None
+        if call.key in self._uncaptured:
+            return Trajectory(call.key, self._module_run(call.key, start, leading), 0, start, ())
+        schedule = self._schedule(call.key, start, leading)
         return Trajectory(call.key, schedule, 0, start, (), self._lease(call, schedule, runs))
 
     def _lease(self, call: Bound, schedule: Schedule, runs: Runs) -> Lease | None:
@@ -333,6 +347,20 @@ class OptimizedDenoiser(nn.Module):
         self._arenas.append(arena)  # the least recently begun first
         return arena.take()
 
+    def _use(self, key: Key) -> None:
+        """Let go of the captures that were used least recently, where there are more than may be. Runs go on with theirs."""
+        for known in (self._captures, self._uncaptured):
+            if key in known:
+                known[key] = known.pop(key)  # type: ignore[assignment]
+            while len(known) > self._max_captures:
+                old = next(iter(known))
+                del known[old]
+                for made in (self._slots, self._merged, self._shared):
+                    made.pop(old, None)  # type: ignore[attr-defined]
+                for entry in [entry for entry in self._schedules if entry[0] == old]:
+                    schedule = self._schedules.pop(entry)
+                    self._arenas = [arena for arena in self._arenas if arena.schedule is not schedule]
+
     def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
         with self._lock:
@@ -341,19 +369,21 @@ class OptimizedDenoiser(nn.Module):
             counts.reusing += reuses
         if where.step is None:
             counts.unknown += 1
-            if counts.unknown == 1:
+            if counts.unknown + counts.skipped == 1:
                 steps = self._mask.timesteps
                 what = "a batch with different timesteps" if np.isnan(where.value) else f"timestep {where.value:g}"
                 _warn(
                     f"the mask ({len(steps)} steps, {steps[0]:g} to {steps[-1]:g}) does not know {what}; such calls compute "
-                    "every block. Use the scheduler and number of steps that the mask was made for."
+                    "every block. Use the scheduler and number of steps that the mask was made for, or "
+                    "fast.set_mask(mask.resample(scheduler.timesteps))."
                 )
         elif runs.calls < len(runs.trajectories) and runs.trajectories[runs.calls].next_step < where.step:
             counts.skipped += 1
-            if counts.skipped == 1:
+            if counts.unknown + counts.skipped == 1:
                 _warn(
                     f"this run skips from step {runs.trajectories[runs.calls].next_step - 1} of the mask to step {where.step}; "
-                    "a step after a skip computes every block that it needs. Make the mask for the timesteps of the run."
+                    "a step after a skip computes every block that it needs. Make the mask for the timesteps of the run, or "
+                    "call fast.set_mask(mask.resample(scheduler.timesteps))."
                 )
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
@@ -382,6 +412,24 @@ class OptimizedDenoiser(nn.Module):
         # A size of 1 says nothing about others, and one other call more about which dimensions are the batch.
         given_up = reason is not None and bool(others) and all(call.tensors[at].shape[0] > 1 for at in batches[0])
         return replace(self._capture(call), alone=reason, given_up=given_up)
+
+    def _try_capture(self, call: Call) -> None:
+        """Capture the denoiser, or note that its blocks have to be skipped module by module."""
+        check_runnable(self.original)
+        reason = hook = find_hook(self.original)
+        if hook is None:
+            try:
+                self._captures[call.key] = self._serving(call)
+            except CaptureError as error:
+                reason = str(error)
+        if reason is not None:
+            if not self._warned_uncaptured:
+                reason = reason.rstrip(".")
+                warnings.warn(
+                    f"{reason}. Its blocks are skipped module by module, in eager PyTorch: nothing is compiled.", stacklevel=2
+                )
+            self._warned_uncaptured = True
+            self._uncaptured[call.key] = Uncaptured.of(call, reason, hook is not None)
 
     def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> _Captured:
         check_capturable(self.original)
@@ -417,7 +465,9 @@ class OptimizedDenoiser(nn.Module):
 
     def _check_weights(self) -> bool:
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
-        if not self._captures or changes(self._fingerprint, fingerprint(self.original)) <= self._volatile:
+        if any(found.hooked for found in self._uncaptured.values()) and find_hook(self.original) is None:
+            self._uncaptured.clear()
+        if not self._changed():
             return False
         self._recaptures += 1
         self._captures.clear()
@@ -429,17 +479,30 @@ class OptimizedDenoiser(nn.Module):
         self._forget_runs()
         return True
 
+    def _changed(self) -> bool:
+        return bool(self._captures) and not changes(self._fingerprint, fingerprint(self.original)) <= self._volatile
+
+    def _rows(self, compute: NDArray[np.bool_], start: int, leading: bool) -> tuple[Any, tuple[float, ...] | None]:
+        """(rows, log-SNR) of the steps from ``start`` on, after one more that computes everything where ``leading``."""
+        rows = compute[start:]
+        log_snr = None if self._mask.log_snr is None else self._mask.log_snr[start:]
+        if leading:
+            rows = np.concatenate([np.ones_like(compute[:1]), rows])
+            log_snr = None if log_snr is None else (float("nan"), *log_snr)
+        return rows, log_snr
+
+    def _module_run(self, key: Key, start: int, leading: bool) -> ModuleRun:
+        """The same without a graph."""
+        rows, log_snr = self._rows(self._mask.compute, start, leading)
+        return ModuleRun(self.original, self._uncaptured[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
+
     def _schedule(self, key: Key, start: int, leading: bool) -> Schedule:
         """Plans of the steps from ``start`` on, after one more that computes everything where ``leading``."""
         known = self._schedules.get((key, start, leading))
         if known is None:
             if key not in self._slots:
                 self._slots[key] = slot_dependencies(self._captures[key].capture, self._mask.blocks)
-            rows = self._compute(key)[start:]
-            log_snr = None if self._mask.log_snr is None else self._mask.log_snr[start:]
-            if leading:
-                rows = np.concatenate([np.ones_like(self._mask.compute[:1]), rows])
-                log_snr = None if log_snr is None else (float("nan"), *log_snr)
+            rows, log_snr = self._rows(self._compute(key), start, leading)
             merged = self._max_graphs is not None and not start and not leading
             plan = plan_merged if merged else plan_run
             plans = plan(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
@@ -507,8 +570,10 @@ class OptimizedDenoiser(nn.Module):
         self.reset()
         with torch.no_grad(), self._lock, _MAKING:
             self._check_weights()
-            if call.key not in self._captures:
-                self._captures[call.key] = self._serving(call)
+            if call.key not in self._captures and call.key not in self._uncaptured:
+                self._try_capture(call)
+            if call.key in self._uncaptured:
+                return
             captured = self._captures[call.key]
             schedule = self._schedule(call.key, 0, leading=False)
             first: dict[GraphKey, int] = {}
@@ -579,6 +644,7 @@ class OptimizedDenoiser(nn.Module):
             blocks=len(self._mask.blocks),
             steps=self._mask.steps,
             signatures=tuple(signatures),
+            uncaptured=tuple((found.described, found.reason) for found in self._uncaptured.values()),
             calls=self._counts.calls,
             reusing_calls=self._counts.reusing,
             unknown_timesteps=self._counts.unknown,
@@ -595,12 +661,20 @@ class OptimizedDenoiser(nn.Module):
         """Bytes that the runs in progress hold at this moment."""
         with self._lock:
             runs = [own.runs for own in self._in_progress]
-        replayed = {trajectory.lease.arena for r in runs for trajectory in r.trajectories if trajectory.lease is not None}
+        trajectories = [trajectory for r in runs for trajectory in r.trajectories]
+        replayed = {trajectory.lease.arena for trajectory in trajectories if trajectory.lease is not None}
+        held = pytree.tree_leaves([trajectory.cache for trajectory in trajectories])
         return sum(arena.nbytes for arena in replayed) + sum(
-            t.untyped_storage().nbytes() for r in runs for trajectory in r.trajectories for t in trajectory.cache
+            t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor)
         )
 
     # ---- looking like the original --------------------------------------------------------------------------------------
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The original's: ``isinstance`` holds for both, and a pipeline saves the component as what it loads it as."""
+        original = self.__dict__.get("original")
+        return OptimizedDenoiser if original is None else type(original)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -624,14 +698,22 @@ class OptimizedDenoiser(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:
         with self._lock:
             self.original.to(*args, **kwargs)
-            self._check_weights()
+            self._moved()
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedDenoiser:
         with self._lock:
             self.original._apply(fn, recurse)
-            self._check_weights()
+            self._moved()
         return self
+
+    def _moved(self) -> None:
+        """Where weights are elsewhere now, or of another dtype, no run goes on; whether captures still hold shows at the next.
+
+        With model offloading they are back by then.
+        """
+        if self._changed():
+            self._forget_runs()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedDenoiser:
         return self._rebuild(copy.deepcopy(self.original, memo))
@@ -647,6 +729,7 @@ class OptimizedDenoiser(nn.Module):
             "max_graphs": self._max_graphs,
             "cuda_graphs": self._cuda_graphs,
             "dynamic": self._dynamic,
+            "max_captures": self._max_captures,
             "options": self._options,
         }
 

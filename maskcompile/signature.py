@@ -283,26 +283,58 @@ def describe(call: Call) -> str:
     return ", ".join(f"{str(t.dtype)[6:]}[{', '.join(map(str, t.shape))}] on {t.device}" for t in call.tensors)
 
 
-def check_capturable(model: nn.Module) -> None:
-    """Raises ValueError where a capture of the denoiser would be wrong from the start, naming the module."""
+#: Hooks of diffusers that move or cast weights, and change no results: they do their work where modules run one by one.
+_HARMLESS = ("offload", "casting", "tracker", "lazy", "prefetch", "leaf")
+
+
+def check_runnable(model: nn.Module) -> None:
+    """Raises ValueError for a denoiser in train mode or with caches of its own, naming the module, and under autocast."""
     name = type(model).__name__
     for path, module in model.named_modules():
         place = f"{name}.{path}" if path else name
-        if module.training:
+        # Layers that adapters and fusing add are in train mode by default, which matters to few.
+        if module.training and (module is model or _trained(module)):
             raise ValueError(f"{place} is in train mode; call .eval() on the denoiser first.")
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
+        others = [hook for hook in _diffusers_hooks(module) if not any(word in hook for word in _HARMLESS)]
+        if others:
             raise ValueError(
-                f"{place} has an accelerate hook ({type(hook).__name__}), which a captured graph would bypass; "
-                "remove offloading (accelerate.hooks.remove_hook_from_module, recurse=True) and move it to its device."
-            )
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and getattr(registry, "hooks", None):
-            raise ValueError(
-                f"{place} has a diffusers hook ({', '.join(registry.hooks)}), which a captured graph would bypass; "
-                "disable caching, layerwise casting or group offloading first."
+                f"{place} has a diffusers hook ({', '.join(others)}); a mask cannot be combined with other caches."
             )
     check_autocast()
+
+
+def _trained(module: nn.Module) -> bool:
+    """Whether a module alone is random, or changes, in train mode. Others do in it what a capture sees."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.RReLU, nn.MultiheadAttention, nn.RNNBase))
+
+
+def find_hook(model: nn.Module) -> str | None:
+    """Where hooks move or cast weights while the denoiser runs, which a captured graph would bypass; None without any."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        place = f"{name}.{path}" if path else name
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            return f"{place} has an accelerate hook ({type(hook).__name__})"
+        if hooks := _diffusers_hooks(module):
+            return f"{place} has a diffusers hook ({', '.join(hooks)})"
+    return None
+
+
+def check_capturable(model: nn.Module) -> None:
+    """Raises ValueError where a capture of the denoiser would be wrong from the start, naming the module."""
+    check_runnable(model)
+    if (hook := find_hook(model)) is not None:
+        raise ValueError(
+            f"{hook}, which a captured graph would bypass; remove offloading and layerwise casting "
+            "(accelerate.hooks.remove_hook_from_module, recurse=True) and move the denoiser to its device."
+        )
+
+
+def _diffusers_hooks(module: nn.Module) -> list[str]:
+    return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", None) or ())
 
 
 def check_autocast() -> None:

@@ -58,9 +58,20 @@ def count_macs(graph_module: GraphModule, sizes: Sizes | None = None) -> dict[No
                 args, kwargs = map_arg((node.args, node.kwargs), value_of)
                 with FlopCounterMode(display=False) as counter:
                     node.target(*args, **kwargs)
-                if flops := int(counter.get_total_flops()):
+                if flops := _most(counter.get_total_flops()):
                     macs[node] = flops // 2
     return macs
+
+
+def _most(number: Any) -> int:
+    """A number that may depend on values which only a call knows (how many tokens a mask keeps): the most it can be."""
+    if not isinstance(number, torch.SymInt):
+        return int(number)
+    if (hint := number.hint) is not None:
+        return int(hint)
+    environment = number.node.shape_env
+    upper = None if environment is None else environment.bound_sympy(number.node.expr).upper
+    return int(upper) if upper is not None and upper.is_Integer else 0
 
 
 def _may_multiply(target: Any) -> bool:

@@ -193,3 +193,70 @@ def test_a_mask_for_another_denoiser_is_refused():
         mc.optimize(Chain(width=8).eval(), example(**fitting))
     with pytest.raises(mc.MaskError, match=r"block 'a\.upp', which Chain does not have; nearest: a\.up"):
         mc.optimize(model, example(blocks=["a.upp", "b"]))
+
+
+def descending(steps, shift=0.0):
+    return [1000 * (steps - i) / steps - shift for i in range(steps)]
+
+
+@given(arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12)), st.booleans(), st.booleans())
+def test_resampling_to_its_own_timesteps_changes_nothing(compute, rising, linear):
+    steps = len(compute)
+    timesteps = descending(steps)[:: -1 if rising else 1]
+    snr = np.linspace(-5, 5, steps) ** 3 if linear else None
+    mask = mc.Mask(compute, blocks=[str(i) for i in range(compute.shape[1])], timesteps=timesteps, reuse="linear", log_snr=snr)
+    again = mask.resample(timesteps)
+    assert again == mask
+    assert again.provenance == mask.provenance
+
+
+@given(st.integers(5, 60), st.integers(1, 80), st.integers(1, 8), st.floats(0.1, 0.9), st.integers(0, 10**6), st.booleans())
+def test_resampled_masks_have_rows_of_the_mask_and_keep_its_share(steps, new, blocks, density, seed, rising):
+    compute = np.random.default_rng(seed).random((steps, blocks)) < density
+    order = -1 if rising else 1
+    mask = mc.Mask(
+        compute, blocks=[str(i) for i in range(blocks)], timesteps=descending(steps)[::order], log_snr=np.linspace(-5, 5, steps)
+    )
+    other = mask.resample(descending(new)[::order])
+    assert other.compute.shape == (new, blocks)
+    assert other.timesteps == tuple(descending(new)[::order])
+    assert {row.tobytes() for row in other.compute} <= {row.tobytes() for row in mask.compute}
+    assert np.array_equal(other.compute[0], mask.compute[0])
+    assert (other.blocks, other.reuse) == (mask.blocks, mask.reuse)
+    assert np.allclose(
+        np.interp(other.timesteps[::-order], mask.timesteps[::-order], mask.log_snr[::-order]), other.log_snr[::-order]
+    ) or (other.log_snr[0] < mask.log_snr[0] or other.log_snr[-1] > mask.log_snr[-1])
+    if steps >= 10 and new >= 20 and compute[0].mean() > 0:
+        assert abs(other.compute.mean() - compute.mean()) < 0.1
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("new", [25, 30, 40, 100])
+def test_resampling_keeps_the_rhythm_of_a_schedule(interval, new):
+    """Taking the nearest row would compute all or none of the 25 steps where the mask computes every second of 50."""
+    compute = np.zeros((50, 3), dtype=bool)
+    compute[::interval] = True
+    mask = mc.Mask(compute, blocks=["a", "b", "c"], timesteps=descending(50))
+    other = mask.resample(descending(new)).compute
+    assert abs(other.mean() - compute.mean()) <= 1.5 / new
+    assert len({row.tobytes() for row in other}) == 2
+    gaps = np.diff(np.flatnonzero(np.append(other[:, 0], True)))
+    assert gaps.max() <= 2 * interval * max(1, new / 50)
+
+
+def test_resampling_a_late_or_wrong_run():
+    mask = mc.Mask(np.eye(4, dtype=bool), blocks=list("abcd"), timesteps=[900, 700, 500, 300], log_snr=[-4, -1, 1, 4])
+    late = mask.resample([500, 300])
+    assert late.compute.tolist() == [[True, False, False, False], [False, False, False, True]]
+    assert late.log_snr == (1, 4)
+    assert mask.resample([800, 400, 100]).log_snr == (-2.5, 2.5, 7)
+    assert mask.resample([800, 400], log_snr=[-2, 2]).log_snr == (-2, 2)
+    assert late.provenance["resampled"] == "4 to 2 steps"
+    with pytest.raises(
+        mc.MaskError, match="fall from 900 to 300; a mask cannot be resampled to timesteps that go the other way, 300 to 900"
+    ):
+        mask.resample([300, 900])
+    with pytest.raises(mc.MaskError, match="at least one timestep"):
+        mask.resample([])
+    with pytest.raises(mc.MaskError, match="without repeats"):
+        mask.resample([900, 900])

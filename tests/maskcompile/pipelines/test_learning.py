@@ -1,0 +1,36 @@
+"""Masks learned through pipelines: with class guidance, text embeddings, and for a UNet."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import maskcompile as mc
+from tests.maskcompile.pipelines.test_exact import recorded
+from tests.maskcompile.pipelines.tiny import TINY
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart_alpha", "text2img"])
+def test_a_learned_mask_meets_its_budget(name):
+    pipe, run = TINY[name]()
+    at = "unet" if hasattr(pipe, "unet") else "transformer"
+    model = getattr(pipe, at)
+    original, timesteps, _ = recorded(pipe, at, run)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        mask = mc.learn(model, lambda seed: run(pipe, seed=seed), budget=0.6, method=mc.Search(passes=12), progress=False)
+    assert mask.timesteps == tuple(timesteps)
+    coarse = any("no block is small enough" in str(w.message) for w in said)
+    assert mask.provenance["share"] <= 0.61
+    assert coarse or mask.provenance["share"] >= 0.59
+    mc.optimize(pipe, mask, backend="eager")
+    sampled = run(pipe, seed=7)
+    report = getattr(pipe, at).report()
+    assert report.reusing_calls > 0
+    assert report.unknown_timesteps == 0
+    assert [s.share for s in report.signatures] == [pytest.approx(mask.provenance["share"], abs=1e-4)]
+    setattr(pipe, at, model)
+    assert not torch.equal(sampled, run(pipe, seed=7))
+    assert torch.equal(run(pipe), original)
