@@ -102,7 +102,7 @@ class Mask:
     @classmethod
     def full(cls, blocks: Sequence[str], timesteps: Iterable[float]) -> Mask:
         """The mask that computes everything."""
-        steps = tuple(timesteps)
+        steps = steps_of(timesteps)
         return cls(np.ones((len(steps), len(blocks)), dtype=np.bool_), blocks=blocks, timesteps=steps)
 
     @property
@@ -184,11 +184,11 @@ class Mask:
         none of half as many steps. The first step of the run takes the mask's first row. A run of more steps repeats rows. On
         its own timesteps a mask stays as it is.
 
-        timesteps: in sampling order, in the mask's direction, of any number. log_snr: at each of them; where the mask has a
-        log-SNR and none is given, it is interpolated along the timesteps. Raises MaskError for timesteps in the other direction
-        and whatever ``Mask`` raises.
+        timesteps: in sampling order, in the mask's direction, of any number, see ``steps_of``. log_snr: at each of them; where
+        the mask has a log-SNR and none is given, it is interpolated along the timesteps. Raises MaskError for timesteps in the
+        other direction and whatever ``Mask`` raises.
         """
-        new = _numbers(timesteps, "timesteps")
+        new = steps_of(timesteps)
         if not new:
             raise MaskError("a mask needs at least one timestep.")
         own = np.asarray(self.timesteps, dtype=np.float64)
@@ -397,6 +397,12 @@ def _sequence(values: Any, what: str) -> tuple[Any, ...]:
     if not isinstance(values, Iterable):
         raise MaskError(f"{what} is a sequence; got {values!r}.")
     return tuple(values)
+
+
+def steps_of(timesteps: Iterable[float]) -> tuple[float, ...]:
+    """A scheduler's timesteps as those of a mask, in which one that is called twice in a row (Heun, PNDM) is one step."""
+    given = _numbers(timesteps, "timesteps")
+    return tuple(t for i, t in enumerate(given) if not i or t != given[i - 1])
 
 
 def _numbers(values: Any, what: str) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import networkx as nx
 import numpy as np
 
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, steps_of
 from maskcompile.program import Program
 from maskcompile.schedules.masks import full_steps, schedule_mask
 from passes.dependencies import OUTPUT
@@ -30,7 +30,7 @@ def deepcache(
     the result in the dependency graph, so that ``depth=1`` keeps the outermost skip connection alone. Raises MaskError when the
     denoiser is not U-shaped (over a quarter of the blocks lie on the first level) or has no more than ``depth`` levels.
     """
-    steps = tuple(timesteps)
+    steps = steps_of(timesteps)
     levels = _levels(program)
     distinct = sorted(set(levels.values()))
     # A residual stream puts every block next to both the input and the result.

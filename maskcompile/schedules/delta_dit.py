@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, steps_of
 from maskcompile.program import Program
 from maskcompile.schedules.layers import transformer_layers
 from maskcompile.schedules.masks import full_steps, schedule_mask
@@ -39,7 +39,7 @@ def delta_dit(
     interval: N. cached: N_c, in layers: from one self-attention to before the next. boundary: how many steps, from the start of
     the run, skip the rear layers.
     """
-    steps = tuple(timesteps)
+    steps = steps_of(timesteps)
     layers = transformer_layers(program)
     if not 1 <= cached <= len(layers):
         raise MaskError(f"cached must be 1 to {len(layers)} layers for {program.denoiser}; got {cached}.")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, steps_of
 from maskcompile.program import Program
 from maskcompile.schedules.masks import check_warmup, schedule_mask
 from passes.rectify import Compute
@@ -45,7 +45,7 @@ def l2c(
     feed-forward.
     """
     check_warmup(warmup)
-    steps = tuple(timesteps)
+    steps = steps_of(timesteps)
     rows = _rows(router)
     kinds = [block.kind for block in program.blocks]
     if kinds != ["attention", "feed_forward"] * (len(kinds) // 2):

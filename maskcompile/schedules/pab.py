@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, steps_of
 from maskcompile.program import Program
 from maskcompile.schedules.layers import attention_blocks
 from maskcompile.schedules.masks import check_warmup, schedule_mask
@@ -37,7 +37,7 @@ def pab(
     strictly between the two may reuse, for all kinds or for each. Raises MaskError for a kind without a block of its own.
     """
     check_warmup(warmup)
-    steps = tuple(timesteps)
+    steps = steps_of(timesteps)
     if bad := [n for n in ranges.values() if n < 1]:
         raise MaskError(f"a broadcast range is at least 1 step; got {bad[0]}.")
     blocks = attention_blocks(program, ranges)

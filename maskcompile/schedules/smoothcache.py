@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, steps_of
 from maskcompile.program import Program
 from maskcompile.schedules.changes import Changes
 from maskcompile.schedules.layers import layer_types
@@ -82,7 +82,7 @@ def smoothcache_file(
     reference layout of DiT and a denoiser of diffusers.
     """
     check_warmup(warmup)
-    steps = tuple(timesteps)
+    steps = steps_of(timesteps)
     document = _document(schedule)
     called = {_renamed(key, names or {}): key for key in document}
     compute: Compute = np.ones((len(steps), len(program.names)), dtype=np.bool_)

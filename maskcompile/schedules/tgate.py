@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, steps_of
 from maskcompile.program import Program
 from maskcompile.schedules.layers import attention_blocks
 from maskcompile.schedules.masks import check_warmup, schedule_mask
@@ -38,7 +38,7 @@ def tgate(
     check_warmup(warmup)
     if gate < 1 or planning < 1 or improving < 1:
         raise MaskError(f"gate, planning and improving are at least 1; got {gate}, {planning} and {improving}.")
-    steps = tuple(timesteps)
+    steps = steps_of(timesteps)
     blocks = attention_blocks(program, ["cross"])
     index = np.arange(len(steps))
     in_turn = np.where(index < gate, index % planning, index % improving) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -259,4 +260,16 @@ def test_resampling_a_late_or_wrong_run():
     with pytest.raises(mc.MaskError, match="at least one timestep"):
         mask.resample([])
     with pytest.raises(mc.MaskError, match="without repeats"):
-        mask.resample([900, 900])
+        mask.resample([900, 300, 900])
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "PNDM", "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
+def test_timesteps_as_a_scheduler_has_them(kind):
+    """Of those that are called twice in a row a mask has one step."""
+    scheduler = getattr(diffusers, f"{kind}Scheduler")()
+    scheduler.set_timesteps(10)
+    values = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    mask = mc.Mask(np.eye(20, 3, dtype=bool), blocks=list("abc"), timesteps=descending(20))
+    snr = mc.log_snr(scheduler)
+    assert mask.resample(scheduler.timesteps, log_snr=snr) == mask.resample(values, log_snr=snr)
+    assert mc.Mask.full(["a"], scheduler.timesteps).timesteps == tuple(values)
