@@ -14,7 +14,10 @@ from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.signature import Call
 from passes.capture import Capture, capture, composite_modules
 
-#: Captures kept of one denoiser.
+#: Held while anything is captured or compiled: torch does either in one thread at a time.
+MAKING = threading.RLock()
+
+#: Captures kept of one denoiser, those used least recently go first.
 MOST_KEPT = 8
 
 
@@ -28,7 +31,6 @@ class Captured:
 
 
 _kept: WeakKeyDictionary[nn.Module, dict[Any, Captured]] = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch: Mapping[int, int] | None = None) -> Captured:
@@ -39,16 +41,18 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
     marks = frozenset(composite_modules(model)).union(marked)
     key = call.key, marks, None if batch is None else tuple(batch.items())
     before = _without_root(fingerprint(model))
-    with _lock:
-        known = _kept.get(model, {}).get(key)
-    if known is not None and changes(known.after, before) <= known.volatile:
-        return known
-    found = capture(model, call.args, call.kwargs, marks, batch)
-    after = _without_root(fingerprint(model))
-    made = Captured(found, after, changes(before, after))
-    with _lock:
-        others = {other: kept for other, kept in _kept.get(model, {}).items() if other != key}
-        _kept[model] = dict([*others.items()][-MOST_KEPT + 1 :]) | {key: made}
+    with MAKING:
+        kept = _kept.setdefault(model, {})
+        for other in [other for other, found in kept.items() if not changes(found.after, before) <= found.volatile]:
+            del kept[other]
+        made = kept.pop(key, None)
+        if made is None:
+            found = capture(model, call.args, call.kwargs, marks, batch)
+            after = _without_root(fingerprint(model))
+            made = Captured(found, after, changes(before, after))
+        kept[key] = made  # the last to go
+        while len(kept) > MOST_KEPT:
+            del kept[next(iter(kept))]
     return made
 
 

@@ -62,4 +62,6 @@ def _token(value: Any, depth: int) -> Any:
         return [(_token(k, 0), _token(v, depth - 1)) for k, v in value.items()]
     if depth and isinstance(value, (list, tuple)):
         return [_token(v, depth - 1) for v in value]
+    if depth and isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (nn.Module, type)):
+        return _Same(value), _token(vars(value), depth - 1)  # an attention processor and its settings
     return _Same(value)

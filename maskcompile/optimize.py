@@ -135,8 +135,6 @@ def optimize(
         raise ValueError(f"a run needs at least one graph; got max_graphs={max_graphs}.")
     if max_captures < 1:
         raise ValueError(f"at least one capture has to be kept; got max_captures={max_captures}.")
-    if compiled is not None:
-        load_compiled(compiled)
     if cuda_graphs not in (True, False, "auto"):
         raise ValueError(f"cuda_graphs is True, False or 'auto'; got {cuda_graphs!r}.")
     if cuda_graphs == "auto" and backend == "eager":
@@ -146,7 +144,7 @@ def optimize(
         compile_options["mode"] = WITHOUT_CUDA_GRAPHS[mode]
     if regions is None:  # the buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region
         regions = backend != "eager" and compile_options.get("mode") not in WITHOUT_CUDA_GRAPHS
-    return OptimizedDenoiser(
+    fast = OptimizedDenoiser(
         model,
         mask,
         backend=backend,
@@ -158,6 +156,9 @@ def optimize(
         max_captures=max_captures,
         options=compile_options,
     )
+    if compiled is not None:  # code, and therefore only once all else is right
+        load_compiled(compiled)
+    return fast
 
 
 def _denoisers(pipe: Any) -> list[str]:

@@ -8,8 +8,9 @@ graph. What a run returns is cloned out of the pool.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,8 @@ from passes.buffers import Buffers
 from passes.capture import Slot
 from passes.rectify import Version
 
-#: Runs that are replayed at a time, of one denoiser; others are executed without replaying.
-MOST_ARENAS = 4
+#: Arenas that a denoiser has at a time: for runs in progress, and for each of its signatures and starting steps.
+MOST_ARENAS = 8
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -33,6 +34,10 @@ class Recorded:
 
     replay: Callable[[], None]
     results: Sequence[Tensor]
+
+
+class LeaseLost(Exception):
+    """A run's arena was taken from it before the step could be executed; the run has to start over."""
 
 
 @dataclass(eq=False)
@@ -50,6 +55,20 @@ class Lease:
         """Give the arena back."""
         if not self.lost:
             self.arena.lease = None
+
+    def replay(self, position: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The denoiser's results at a position of the run that is ``ready``. Raises LeaseLost."""
+        with self.arena.lock:
+            if self.lost:
+                raise LeaseLost
+            return self.arena.replay(position, inputs)
+
+    def prepare(self, position: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same at one that is not. Raises LeaseLost, and RuntimeError as ``Arena.prepare`` does."""
+        with self.arena.lock:
+            if self.lost:
+                raise LeaseLost
+            return self.arena.prepare(position, inputs)
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,8 @@ class Arena:
     """The memory of one run at a time, and the graphs recorded on it.
 
     schedule: that runs follow. inputs: tensors like the denoiser's. like: for a slot, a tensor like its versions (a fake one).
-    strict: whether to raise where a graph cannot be recorded, rather than to execute it without replaying.
+    weights: see ``addresses``. strict: whether to raise where a graph cannot be recorded, rather than to execute it without
+    replaying. Graphs are recorded from the second run on, since many an arena never has one.
     """
 
     def __init__(
@@ -80,23 +100,28 @@ class Arena:
         inputs: Sequence[Tensor],
         buffers: Buffers,
         like: Callable[[Slot], Tensor],
+        weights: tuple[int, ...],
         strict: bool,
     ) -> None:
         device = inputs[0].device
         self.schedule = schedule
         self.lease: Lease | None = None
+        self.leases = 0
+        self.lock = threading.Lock()
         self.buffers = buffers
         self.like = like
+        self.weights = weights
         self.strict = strict
         self.failure: str | None = None
-        self.memory = torch.zeros(buffers.size, dtype=torch.uint8, device=device)
-        self.inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
+        with torch.inference_mode(False):  # or later runs outside it could not write to them
+            self.memory = torch.zeros(buffers.size, dtype=torch.uint8, device=device)
+            self.inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
         self.coefficients: dict[Any, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
         self.bound: dict[int, _Bound] = {}
         self.recorded: dict[Any, Recorded] = {}
         self.ready: dict[int, tuple[_Bound, Recorded]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.stream = current_stream(device)
+        self.recorder = Recorder(device) if device.type == "cuda" else None
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +131,7 @@ class Arena:
     def take(self) -> Lease:
         """Begin a run; whichever had the arena before has lost it."""
         self.lease = Lease(self)
+        self.leases += 1
         return self.lease
 
     def replay(self, position: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -116,13 +142,14 @@ class Arena:
         return [tensor.clone() for tensor in recorded.results]
 
     def prepare(self, position: int, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The same at a position that is not. A graph that was never called is only executed, which compiles it.
+        """The same at a position that is not. Nothing is recorded in a first run, nor a graph that was never called.
 
         Raises RuntimeError, where ``strict``, for a graph that cannot be recorded.
         """
         bound = self.bound.get(position)
         if bound is None:
-            bound = self.bound[position] = self._bind(position)
+            with torch.inference_mode(False):
+                bound = self.bound[position] = self._bind(position)
         self._enter(bound, inputs)
         step = self.schedule.step(position)
 
@@ -133,7 +160,7 @@ class Arena:
                     store.copy_(output)
             return outputs[: step.graph.results]
 
-        if step.graph.called and bound.key not in self.recorded and self.failure is None:
+        if self.leases > 1 and step.graph.called and bound.key not in self.recorded and self.failure is None:
             self._record(bound, run)
         if bound.key not in self.recorded:
             return [tensor.clone() if self._own(tensor) else tensor for tensor in run()]
@@ -142,12 +169,13 @@ class Arena:
 
     def record(self, position: int, inputs: Sequence[Tensor]) -> None:
         """Make a position ready, where it can be recorded. The values of the inputs do not matter."""
+        self.leases += 1
         while position not in self.ready and self.failure is None:
             self.prepare(position, inputs)
 
     def _record(self, bound: _Bound, run: Run) -> None:
         try:
-            self.recorded[bound.key] = record(run, self.pool, self.memory.device)
+            self.recorded[bound.key] = record(run, self.recorder)
         except Exception as error:
             self.failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
             reason = f"a step cannot be recorded as a CUDA graph: {self.failure}"
@@ -190,6 +218,11 @@ class Arena:
         return any(pointer == own.untyped_storage().data_ptr() for own in (self.memory, *self.inputs))
 
 
+def addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Where weights lie. Graphs are bound to that too: weights that were moved away and back are elsewhere."""
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
 def obstacle(inputs: Sequence[Tensor]) -> str | None:
     """Why the graphs of a denoiser with these inputs cannot be replayed, None where they can."""
     devices = {tensor.device for tensor in inputs}
@@ -198,10 +231,23 @@ def obstacle(inputs: Sequence[Tensor]) -> str | None:
     return f"CUDA graphs need all inputs on one CUDA device; these are on {', '.join(sorted(map(str, devices)))}"
 
 
-def record(run: Run, pool: Any, device: torch.device) -> Recorded:
+class Recorder:
+    """What the graphs of an arena share. A stream of its own: torch's default one belongs to the device that recorded first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+
+def record(run: Run, recorder: Recorder | None) -> Recorded:
     """Capture ``run`` as a CUDA graph, without executing it."""
+    assert recorder is not None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(recorder.device),
+        torch.cuda.graph(graph, pool=recorder.pool, stream=recorder.stream, capture_error_mode="thread_local"),
+    ):
         results = run()
     return Recorded(graph.replay, results)
 
@@ -224,7 +270,8 @@ def _packed(coefficients: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _packed_like(coefficients: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(empty vectors like ``_packed``, the coefficients as parts of them)"""
-    vectors = tuple(torch.empty_like(vector) for vector in _packed(coefficients))
+    with torch.inference_mode(False):
+        vectors = tuple(torch.empty_like(vector) for vector in _packed(coefficients))
     if coefficients and coefficients[0].dim():
         return vectors, vectors
     places = {i: vector[j] for vector, group in zip(vectors, _by_dtype(coefficients), strict=True) for j, i in enumerate(group)}

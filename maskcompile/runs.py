@@ -74,6 +74,11 @@ class Trajectory(NamedTuple):
     cache: tuple[Any, ...]
     lease: Lease | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to the mask's last step."""
+        return isinstance(self.schedule, Schedule) and self.position >= len(self.schedule.plans)
+
 
 class Runs(NamedTuple):
     """The runs in progress. calls: so far at the last timestep. expected: numbers of calls that let trajectories go on."""

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from maskcompile.captures import capture_once
+from maskcompile.captures import MAKING, capture_once
 from maskcompile.compile import Backend, Executable, compile_graph, compile_region, save_compiled
 from maskcompile.fallback import ModuleRun, ModuleStep, Uncaptured
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.link import link
 from maskcompile.mask import Mask, check_blocks, check_mask
-from maskcompile.replay import MOST_ARENAS, Arena, Lease, obstacle
+from maskcompile.replay import MOST_ARENAS, Arena, Lease, LeaseLost, addresses, obstacle
 from maskcompile.report import Report, SignatureReport
 from maskcompile.runs import Clock, Runs, Trajectory, Where, advance, commit, current, locate
 from maskcompile.signature import (
@@ -60,9 +60,6 @@ from passes.sizes import Sizes, shape_at, value_at
 from passes.specialise import coefficients_like, specialise
 
 CudaGraphs = bool | Literal["auto"]
-
-#: Held while anything is captured or compiled: torch does either in one thread at a time.
-_MAKING = threading.RLock()
 
 #: Scheduler tensors whose last calling thread is remembered.
 MOST_CALLERS = 64
@@ -172,6 +169,7 @@ class OptimizedDenoiser(nn.Module):
         self._lock = threading.RLock()
         self._bind = Binder(original, signature, name)
         self._captures: dict[Key, _Captured] = {}
+        self._arenas: list[Arena] = []
         self._uncaptured: dict[Key, Uncaptured] = {}
         self._warned_uncaptured = False
         self._marked: set[str] = set()
@@ -200,12 +198,13 @@ class OptimizedDenoiser(nn.Module):
             self._mask = mask
             self._clock = Clock(mask)
             self._schedules: dict[tuple[Key, int, bool], Schedule] = {}
-            self._arenas: list[Arena] = []
+            self._drop_arenas()
             self._slots: dict[Key, Slots] = {}
             self._merged: dict[Key, NDArray[np.bool_]] = {}
             self._shared: dict[Key, dict[GraphKey, GraphKey]] = {}
             self._recaptures = 0
             self._forget_runs()
+            self._not_replayed: str | None = None
             self._counts = _Counts()
 
     def forget_graphs(self, most: int) -> None:
@@ -217,7 +216,7 @@ class OptimizedDenoiser(nn.Module):
                     captured.whole.clear()
                     captured.compiled.clear()
                     self._schedules.clear()
-                    self._arenas.clear()
+                    self._drop_arenas()
 
     def reset(self) -> None:
         """Forget the runs in progress, in all threads; the next call starts a new one."""
@@ -230,6 +229,13 @@ class OptimizedDenoiser(nn.Module):
         self._callers: dict[int | None, int] = {}
         self._in_progress: weakref.WeakSet[_Trajectories] = weakref.WeakSet()
         self._threads = _Threads(self._in_progress)
+
+    def _drop_arenas(self, schedule: Schedule | None = None) -> None:
+        """Let go of the arenas, or those of a schedule. Without their leases, for these refer to each other."""
+        for arena in list(self._arenas):
+            if schedule is None or arena.schedule is schedule:
+                arena.lease = None
+                self._arenas.remove(arena)
 
     def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self.original.forward)
@@ -255,6 +261,13 @@ class OptimizedDenoiser(nn.Module):
             return self._execute(call, call.timestep, args, kwargs)
 
     def _execute(self, call: Bound, timestep: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        while True:
+            try:
+                return self._try_execute(call, timestep, args, kwargs)
+            except LeaseLost:  # to another thread, since it was looked for; the run starts over
+                continue
+
+    def _try_execute(self, call: Bound, timestep: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
             own = self._threads.own
             where = locate(self._clock, timestep, own.runs.last)
@@ -262,7 +275,7 @@ class OptimizedDenoiser(nn.Module):
             runs = advance(before, where)
             trajectory = current(runs, call.key)
             if trajectory is None:
-                with _MAKING:
+                with MAKING:
                     if self._check_weights():
                         own, runs = self._threads.own, advance(Runs(), where)
                     if call.key not in self._captures and call.key not in self._uncaptured:
@@ -289,13 +302,13 @@ class OptimizedDenoiser(nn.Module):
         schedule, lease, position = trajectory.schedule, trajectory.lease, trajectory.position
         step = schedule.steps.get(position)
         if step is None or not step.graph.called or (lease is not None and position not in lease.arena.ready):
-            with self._lock, _MAKING:  # the first call of a graph compiles, and recording must be alone
+            with self._lock, MAKING:  # the first call of a graph compiles, and recording must be alone
                 step = schedule.step(position)
                 if lease is not None:
-                    return step, lease.arena.prepare(position, inputs), ()
+                    return step, lease.prepare(position, inputs), ()
                 return step, *step(inputs, trajectory.cache)
         if lease is not None:
-            return step, lease.arena.replay(position, inputs), ()
+            return step, lease.replay(position, inputs), ()
         return step, *step(inputs, trajectory.cache)
 
     def _may_go_on(self, where: Where) -> bool:
@@ -329,22 +342,32 @@ class OptimizedDenoiser(nn.Module):
         if (reason := obstacle(call.tensors)) is not None:
             if self._cuda_graphs is True:
                 raise ValueError(f"{reason}. Move the denoiser and its inputs there, or pass cuda_graphs=False.")
+            if any(tensor.is_cuda for tensor in call.tensors):
+                self._not_replayed = reason
             return None
+        weights = addresses((*self.original.parameters(), *self.original.buffers()))
+        for moved in [arena for arena in self._arenas if arena.weights != weights]:
+            self._drop_arenas(moved.schedule)
         going = [runs, *(other.runs for other in self._in_progress if other is not self._threads.own)]
-        busy = {trajectory.lease for each in going for trajectory in each.trajectories}
+        busy = {t.lease for each in going for t in each.trajectories if t.lease is not None and not t.finished}
         free = [arena for arena in self._arenas if arena.lease is None or (arena.lease.committed and arena.lease not in busy)]
         arena = next((arena for arena in free if arena.schedule is schedule), None)
         if arena is None:
             if len(self._arenas) >= MOST_ARENAS:
                 if not free:
                     return None
+                free[0].lease = None
                 self._arenas.remove(free[0])
-            like = self._captures[call.key].like
             buffers = share_buffers(schedule.plans, self._slots[call.key].size)
-            arena = Arena(schedule, call.tensors, buffers, like, strict=self._cuda_graphs is True)
+            like = self._captures[call.key].like
+            arena = Arena(schedule, call.tensors, buffers, like, weights, strict=self._cuda_graphs is True)
         else:
             self._arenas.remove(arena)
         self._arenas.append(arena)  # the least recently begun first
+        if arena.failure is not None:
+            if arena.strict:
+                raise RuntimeError(f"a step cannot be recorded as a CUDA graph: {arena.failure}; pass cuda_graphs=False.")
+            return None
         return arena.take()
 
     def _use(self, key: Key) -> None:
@@ -355,11 +378,13 @@ class OptimizedDenoiser(nn.Module):
             while len(known) > self._max_captures:
                 old = next(iter(known))
                 del known[old]
-                for made in (self._slots, self._merged, self._shared):
-                    made.pop(old, None)  # type: ignore[attr-defined]
+                self._slots.pop(old, None)
                 for entry in [entry for entry in self._schedules if entry[0] == old]:
-                    schedule = self._schedules.pop(entry)
-                    self._arenas = [arena for arena in self._arenas if arena.schedule is not schedule]
+                    self._drop_arenas(self._schedules.pop(entry))
+        origins = {captured.origin for captured in self._captures.values()}
+        for made in (self._merged, self._shared):
+            for old in [old for old in made if old not in origins]:
+                del made[old]  # type: ignore[attr-defined]
 
     def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
@@ -401,8 +426,8 @@ class OptimizedDenoiser(nn.Module):
                 if 1 in sizes.values():  # torch.export takes for granted that none is
                     check_call(captured.capture, self.original, call.args, call.kwargs)
                 return _resized(captured, sizes, call)
-            except CaptureError as error:
-                reason = str(error)
+            except Exception as error:  # of the graph, at a size of 1; what is wrong with the call itself shows below
+                reason = (str(error) or type(error).__name__).splitlines()[0]
         batches = [*others.values(), *([double_batch(call.key)] if self._dynamic else [])]
         if reason is None and self._dynamic is not False and batches and not any(found.given_up for found in related):
             try:
@@ -416,6 +441,7 @@ class OptimizedDenoiser(nn.Module):
     def _try_capture(self, call: Call) -> None:
         """Capture the denoiser, or note that its blocks have to be skipped module by module."""
         check_runnable(self.original)
+        before = fingerprint(self.original)
         reason = hook = find_hook(self.original)
         if hook is None:
             try:
@@ -430,6 +456,8 @@ class OptimizedDenoiser(nn.Module):
                 )
             self._warned_uncaptured = True
             self._uncaptured[call.key] = Uncaptured.of(call, reason, hook is not None)
+            self._fingerprint = fingerprint(self.original)
+            self._volatile |= changes(before, self._fingerprint)
 
     def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> _Captured:
         check_capturable(self.original)
@@ -471,8 +499,9 @@ class OptimizedDenoiser(nn.Module):
             return False
         self._recaptures += 1
         self._captures.clear()
+        self._uncaptured.clear()
         self._schedules.clear()
-        self._arenas.clear()
+        self._drop_arenas()
         self._slots.clear()
         self._merged.clear()
         self._shared.clear()
@@ -480,7 +509,8 @@ class OptimizedDenoiser(nn.Module):
         return True
 
     def _changed(self) -> bool:
-        return bool(self._captures) and not changes(self._fingerprint, fingerprint(self.original)) <= self._volatile
+        made = bool(self._captures) or any(not found.hooked for found in self._uncaptured.values())
+        return made and not changes(self._fingerprint, fingerprint(self.original)) <= self._volatile
 
     def _rows(self, compute: NDArray[np.bool_], start: int, leading: bool) -> tuple[Any, tuple[float, ...] | None]:
         """(rows, log-SNR) of the steps from ``start`` on, after one more that computes everything where ``leading``."""
@@ -566,9 +596,10 @@ class OptimizedDenoiser(nn.Module):
         Runs that start later, and those with several calls a step, may need a graph more. The values of the inputs do not
         matter. A run in progress is given up.
         """
+        check_runnable(self.original)
         call = self._bind.bind(args, kwargs)
         self.reset()
-        with torch.no_grad(), self._lock, _MAKING:
+        with torch.no_grad(), self._lock, MAKING:
             self._check_weights()
             if call.key not in self._captures and call.key not in self._uncaptured:
                 self._try_capture(call)
@@ -590,9 +621,12 @@ class OptimizedDenoiser(nn.Module):
                 examples.update(zip(key.stores, outputs[step.graph.results :], strict=True))
             lease = self._lease(Bound(call.tensors, call.key, call.timestep), schedule, Runs())
             if lease is not None:
-                for position in tqdm(range(len(schedule.plans)), desc="recording", delay=2, leave=False, disable=None):
-                    lease.arena.record(position, call.tensors)
-                lease.arena.lease = None
+                try:
+                    for position in tqdm(range(len(schedule.plans)), desc="recording", delay=2, leave=False, disable=None):
+                        with lease.arena.lock:
+                            lease.arena.record(position, call.tensors)
+                finally:
+                    lease.end()
 
     def save_compiled(self, path: str | os.PathLike[str]) -> None:
         """Write what was compiled so far to a file, for ``optimize(..., compiled=path)`` in another process.
@@ -611,6 +645,10 @@ class OptimizedDenoiser(nn.Module):
 
     def report(self) -> Report:
         """What the mask costs and saves, what was compiled, and what calls so far did."""
+        with self._lock:
+            return self._report()
+
+    def _report(self) -> Report:
         signatures = []
         for key, captured in self._captures.items():
             if key not in self._slots:
@@ -652,7 +690,7 @@ class OptimizedDenoiser(nn.Module):
             recaptures=self._recaptures,
             recorded=sum(len(arena.recorded) for arena in self._arenas),
             arena_bytes=sum(arena.nbytes for arena in self._arenas),
-            not_recorded=next((arena.failure for arena in self._arenas if arena.failure), None),
+            not_recorded=next((arena.failure for arena in self._arenas if arena.failure), self._not_replayed),
             cache_bytes=self.cache_bytes,
         )
 

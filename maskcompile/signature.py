@@ -83,6 +83,7 @@ def bind(
     value = bound.arguments.get(timestep) if timestep else None
     if timestep and isinstance(value, numbers.Real) and not isinstance(value, bool):
         device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        device = None if device is None or device.type == "cuda" else device  # it is brought there below
         number = value
         dtype = torch.int64 if isinstance(number, numbers.Integral) else torch.float64
         value = torch.tensor(number, dtype=dtype, device=device)
@@ -92,6 +93,10 @@ def bind(
             else:
                 args[list(signature.parameters).index(timestep)] = value
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+    if isinstance(value, Tensor) and value.is_cpu and (moved := _cuda_device(leaves)) is not None:
+        # Some pipelines leave their timesteps on the CPU, where they are read without waiting; a CUDA graph cannot read them.
+        there = value.to(moved, non_blocking=True)
+        leaves = [there if leaf is value else leaf for leaf in leaves]
     described: list[tuple[Any, ...]] = []
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -117,7 +122,8 @@ class Binder:
                 return bound
         call = self.bind(args, kwargs)
         if call.timestep is not None:
-            new = _Like.of(args, kwargs, call.key, self._place(args, kwargs), call.timestep.device)
+            moved = _cuda_device(call.tensors) if call.timestep.is_cpu else None
+            new = _Like.of(args, kwargs, call.key, self._place(args, kwargs), call.timestep.device, moved)
             if new is not None:
                 self.likes = [new, *self.likes[: MOST_LIKES - 1]]
         return Bound(call.tensors, call.key, call.timestep)
@@ -145,7 +151,7 @@ class _Like:
     """Recognises calls that bind to the same key as one before.
 
     positional, keywords: how the arguments are given. checks: one for each. order: of the tensors in pytree order, keywords
-    sorted, among those in the order given. timestep: its place among the arguments.
+    sorted, among those in the order given. timestep: its place among the arguments. moved: the device that it is brought to.
     """
 
     positional: int
@@ -154,9 +160,17 @@ class _Like:
     order: tuple[int, ...] | None
     key: Key
     timestep: int | None
+    moved: torch.device | None
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any], key: Key, timestep: int | None, device: torch.device) -> _Like | None:
+    def of(
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: Key,
+        timestep: int | None,
+        device: torch.device,
+        moved: torch.device | None,
+    ) -> _Like | None:
         """None for arguments that only ``bind`` understands."""
         values = [*args, *kwargs.values()]
         checks, ranges, count = [], [], 0
@@ -171,7 +185,8 @@ class _Like:
         names = sorted(range(len(kwargs)), key=list(kwargs).__getitem__)
         places = [*range(len(args)), *(len(args) + place for place in names)]
         order = tuple(position for place in places for position in ranges[place])
-        return _Like(len(args), tuple(kwargs), tuple(checks), None if order == tuple(range(count)) else order, key, timestep)
+        ordered = None if order == tuple(range(count)) else order
+        return _Like(len(args), tuple(kwargs), tuple(checks), ordered, key, timestep, moved)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound | None:
         if len(args) != self.positional or tuple(kwargs) != self.keywords:
@@ -185,6 +200,8 @@ class _Like:
                 return None
             if place == self.timestep:
                 timestep = value if isinstance(value, Tensor) else tensors[position]
+                if self.moved is not None:
+                    tensors[position] = tensors[position].to(self.moved, non_blocking=True)
         if self.order is not None:
             tensors = [tensors[position] for position in self.order]
         return Bound(tuple(tensors), self.key, timestep)
@@ -288,8 +305,11 @@ _HARMLESS = ("offload", "casting", "tracker", "lazy", "prefetch", "leaf")
 
 
 def check_runnable(model: nn.Module) -> None:
-    """Raises ValueError for a denoiser in train mode or with caches of its own, naming the module, and under autocast."""
+    """Raises ValueError for a denoiser in train mode or with caches of its own, naming the module, for one that is optimised
+    already, and under autocast."""
     name = type(model).__name__
+    if "original" in vars(model) and name == "OptimizedDenoiser":
+        raise ValueError("this denoiser is already optimised; pass fast.original.")
     for path, module in model.named_modules():
         place = f"{name}.{path}" if path else name
         # Layers that adapters and fusing add are in train mode by default, which matters to few.
@@ -348,6 +368,10 @@ def _dense(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
         return tensor
     return tensor.contiguous()
+
+
+def _cuda_device(leaves: Sequence[Any]) -> torch.device | None:
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda), None)
 
 
 def _hashable(leaf: Any, model: nn.Module) -> Any:

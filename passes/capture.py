@@ -422,7 +422,11 @@ def _check(captured: Capture, args: Sequence[Any], kwargs: Mapping[str, Any], ex
     if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
         return
     actual = captured.graph_module(*args, **kwargs)
-    for ours, theirs in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+    pairs = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
+    shapes = [[leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves] for leaves in pairs]
+    if shapes[0] != shapes[1]:
+        raise CaptureError(f"{model_name} returns tensors of other shapes once captured: its forward depends on its batch.")
+    for ours, theirs in zip(*pairs, strict=True):
         if not isinstance(theirs, Tensor) or torch.equal(ours, theirs):
             continue
         finite = theirs.isfinite()

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from maskcompile.learning.recording import Sample, replaced_forward
 from maskcompile.mask import MaskError
 from maskcompile.program import Program
-from maskcompile.signature import bind
+from maskcompile.signature import bind, check_runnable
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def measure_changes(
     al. 2024, arXiv 2411.10510): the L1 norm of the difference over that of the newer output, over the whole
     batch, averaged over seeds and over the calls of a step. sample, timestep: as in ``learn``. Outputs of the last
     ``distance`` steps are held, of every block. Raises ValueError for a pass that never calls
-    the denoiser or goes through its timesteps both ways, and where seeds differ in their timesteps.
+    the denoiser or goes through its timesteps both ways, where seeds differ in their timesteps, and for a denoiser that is
+    optimised already.
     """
+    check_runnable(model)
     if distance < 1 or not seeds:
         raise ValueError("changes need a distance of at least 1 and at least one seed.")
     measured = [_of_run(model, sample, seed, program.names, distance, timestep) for seed in seeds]

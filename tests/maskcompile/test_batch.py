@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 import maskcompile as mc
+from maskcompile import captures
 from maskcompile import compile as compiling
-from maskcompile import runtime
 from maskcompile.accounting import cost
 from maskcompile.signature import bind, double_batch, other_batch
 from passes.sizes import code_of, holds
@@ -34,8 +35,9 @@ def captured(monkeypatch):
         entries.append(batch is not None)
         return capture(model, args, kwargs, marked, batch)
 
-    capture = runtime.capture
-    monkeypatch.setattr(runtime, "capture", counting)
+    capture = captures.capture
+    monkeypatch.setattr(captures, "capture", counting)
+    monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
     return entries
 
 
@@ -383,3 +385,22 @@ def test_which_dimensions_are_the_batch():
     assert other_batch(key((2, 4)), key((2, 4), (2,))) is None
     assert other_batch(key((2, 4), ()), key((3, 4), ())) == {0: 3}
     assert double_batch(key((1, 4), (1,), (2, 3), (5,))) == {0: 2, 1: 2, 2: 4}
+
+
+def test_a_batch_of_one_with_another_shape():
+    """A denoiser that drops the batch where it is one: what was captured for others does not serve it."""
+
+    class Squeezing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, sample, timestep):
+            result = self.b(sample)
+            return result[0] if sample.shape[0] == 1 else result
+
+    model = Squeezing().eval()
+    fast = mc.optimize(model, mc.Mask.full(["b"], [900, 100]), backend="eager")
+    for batch in (2, 3, 1, 4, 1):
+        x, t = torch.randn(batch, 4), torch.tensor(900)
+        assert torch.equal(fast(x, t), model(x, t))
