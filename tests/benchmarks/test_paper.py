@@ -105,7 +105,7 @@ def ddpm(folders, tmp_path_factory):
     """One run of the row, with all that it measures."""
     out = tmp_path_factory.mktemp("ddpm")
     arguments = [
-        "ddpm-cifar10",
+        "ddpm-church",
         "--weights",
         folders / "ddpm",
         *QUICK,
@@ -129,7 +129,7 @@ def test_the_original_pictures_are_the_pipelines(ddpm, folders):
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(5)]
     expected = pipe(batch_size=5, generator=generators, num_inference_steps=4, output_type="np").images
-    found = pictures(out / "ddpm-cifar10" / "original")
+    found = pictures(out / "ddpm-church" / "original")
     assert found.shape == (5, 16, 16, 3)
     assert np.abs(found - (expected * 255).round()).max() <= 1  # a batch of 5 rounds otherwise than of 2
     assert found.std() > 20
@@ -138,8 +138,8 @@ def test_the_original_pictures_are_the_pipelines(ddpm, folders):
 
 def test_the_masked_pictures_are_the_executors(ddpm, folders):
     out, _ = ddpm
-    mask = mc.Mask.load(out / "ddpm-cifar10" / "mask.json")
-    sampler = checkpoints.load(checkpoints.Request(_row("ddpm-cifar10", 4), folders / "ddpm"))
+    mask = mc.Mask.load(out / "ddpm-church" / "mask.json")
+    sampler = checkpoints.load(checkpoints.Request(_row("ddpm-church", 4), folders / "ddpm"))
     compute = mask.compute.copy()
     compute[0] = True
     order = [int(rule == "linear") for rule in mask.reuse]
@@ -150,33 +150,49 @@ def test_the_masked_pictures_are_the_executors(ddpm, folders):
         called = lambda *args, s=steps, **kwargs: executor.step(next(s), *args, **kwargs)  # noqa: E731
         drawn.append(sampler.draw(called, range(start, start + 2), True))
     expected = (torch.cat(drawn)[:5] * 255).round().permute(0, 2, 3, 1).numpy()
-    found = pictures(out / "ddpm-cifar10" / "masked")
+    found = pictures(out / "ddpm-church" / "masked")
     assert np.array_equal(found, expected)
-    assert not np.array_equal(found, pictures(out / "ddpm-cifar10" / "original"))
+    assert not np.array_equal(found, pictures(out / "ddpm-church" / "original"))
 
 
 def _row(name, steps):
     return replace(checkpoints.find_row(name), steps=steps)
 
 
+def test_cifar10_keeps_its_timesteps_with_the_folders_noise(folders):
+    """The square roots of 0, 88, 355 and 800 are evenly spaced; the noise schedule is the folder's."""
+    sampler = checkpoints.load(checkpoints.Request(_row("ddpm-cifar10", 4), folders / "ddpm"))
+    called = []
+    found = sampler.draw(lambda x, t, **more: (called.append(int(t)), sampler.denoiser(x, t, **more))[1], [3], False)
+    assert called == [800, 355, 88, 0]
+    assert sampler.scheduler.config.beta_end == 0.015
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.015, 1000, dtype=torch.float64), 0)
+    x = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(3))[None]
+    with torch.no_grad():
+        for t, after in zip(called, [alphas[355], alphas[88], alphas[0], torch.tensor(1.0)], strict=True):
+            noise = sampler.denoiser(x, torch.tensor(t)).sample
+            x = (after.sqrt() * (x - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt() + (1 - after).sqrt() * noise).float()
+    assert torch.allclose(found, x, atol=1e-3)
+
+
 def test_the_columns(ddpm, folders):
     out, _ = ddpm
-    settings, found = result(out, "ddpm-cifar10")
+    settings, found = result(out, "ddpm-church")
     model = diffusers.UNet2DModel.from_pretrained(folders / "ddpm" / "unet")
     program = mc.trace(model, torch.randn(1, 3, 16, 16), torch.tensor(1))
-    mask = mc.Mask.load(out / "ddpm-cifar10" / "mask.json")
+    mask = mc.Mask.load(out / "ddpm-church" / "mask.json")
     speed = found["speed"]
     assert speed["gmacs"] == pytest.approx(program.macs / 1e9)
     assert speed["share"] == pytest.approx(mc.cost(program, mask).share)
     assert 0.5 < speed["share"] < 0.61  # its few blocks come no nearer to 0.6
     assert speed["gmacs_masked"] == pytest.approx(speed["gmacs"] * speed["share"])
-    original, masked = (pictures(out / "ddpm-cifar10" / name).astype(np.float64) for name in paper.VARIANTS)
+    original, masked = (pictures(out / "ddpm-church" / name).astype(np.float64) for name in paper.VARIANTS)
     errors = np.square(original - masked).mean((1, 2, 3))
     assert found["likeness"]["psnr"] == pytest.approx(np.median(10 * np.log10(255**2 / errors)))
     real = [Image.open(folders / "real" / f"{i}.png").convert("RGB").crop((0, 1, 18, 19)).resize((16, 16), 3) for i in range(6)]
     expected = frechet_by_hand(np.stack([np.asarray(p) for p in real]), original)
     assert found["original"]["distance"] == pytest.approx(expected, rel=1e-2)
-    text = (out / "ddpm-cifar10" / "result.md").read_text()
+    text = (out / "ddpm-church" / "result.md").read_text()
     assert "Frechet distance (bundled classifier, not Inception)" in text
     assert f"| {speed['share']:.1%} |" in text
     assert settings["learning"]["budget"] == 0.6
@@ -201,7 +217,7 @@ def frechet_by_hand(a, b):
 def test_statistics_of_real_pictures(tmp_path, folders, ddpm):
     """The statistics of a folder stand for the folder."""
     out, _ = ddpm
-    samples = frechet.pictures_in(out / "ddpm-cifar10" / "original")
+    samples = frechet.pictures_in(out / "ddpm-church" / "original")
     first = frechet.metric(None, "cpu")
     frechet.see_real(first, folders / "real", 16)
     seen = next(frechet.batches(frechet.pictures_in(folders / "real"), 16)).permute(0, 2, 3, 1)
@@ -223,8 +239,8 @@ def test_statistics_of_real_pictures(tmp_path, folders, ddpm):
 def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeypatch, capsys):
     out, arguments = ddpm
     arguments = [*arguments[:-1], tmp_path, "--images", "5"]
-    (tmp_path / "ddpm-cifar10").mkdir()
-    shutil.copy(out / "ddpm-cifar10" / "mask.json", tmp_path / "ddpm-cifar10")  # learning goes on by itself: see test_learn
+    (tmp_path / "ddpm-church").mkdir()
+    shutil.copy(out / "ddpm-church" / "mask.json", tmp_path / "ddpm-church")  # learning goes on by itself: see test_learn
     monkeypatch.setattr(mc, "learn", None)
     save, saved = paper._save_whole, []
 
@@ -242,7 +258,7 @@ def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeyp
     monkeypatch.setattr(paper, "_save_whole", save)
     run(*arguments)
     for name in paper.VARIANTS:
-        folder = "ddpm-cifar10/" + name
+        folder = "ddpm-church/" + name
         assert np.array_equal(pictures(tmp_path / folder), pictures(out / folder))
 
     # All is there: nothing is drawn or measured again. More pictures begin with these; other settings do not mix.
@@ -255,28 +271,28 @@ def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeyp
     assert len(list(tmp_path.rglob("*.png"))) == 14
     assert all(path.read_bytes() == content for path, content in before.items())
     with pytest.raises(SystemExit, match="another batch, learning"):
-        run(*arguments, "--batch", "3", "--mask", out / "ddpm-cifar10" / "mask.json")
+        run(*arguments, "--batch", "3", "--mask", out / "ddpm-church" / "mask.json")
     assert all(path.read_bytes() == content for path, content in before.items())
     monkeypatch.setattr(
         paper, "speed", lambda *_: {"speedup": 1.0, "spread": 0.0, "original_ms_a_picture": 1.0, "masked_ms_a_picture": 1.0}
     )
-    run(*arguments, "--batch", "3", "--mask", out / "ddpm-cifar10" / "mask.json", "--fresh", "--no-original")
+    run(*arguments, "--batch", "3", "--mask", out / "ddpm-church" / "mask.json", "--fresh", "--no-original")
     assert len(list(tmp_path.rglob("*.png"))) == 5
-    assert not (tmp_path / "ddpm-cifar10" / "mask.json").exists()
+    assert not (tmp_path / "ddpm-church" / "mask.json").exists()
 
 
 def test_processes_divide_the_pictures(ddpm, tmp_path):
     out, arguments = ddpm
-    mask = out / "ddpm-cifar10" / "mask.json"
+    mask = out / "ddpm-church" / "mask.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.paper"]
     given = [*arguments[:-1], tmp_path, "--images", "6", "--mask", mask, "--no-original"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     done = subprocess.run([*launch, *map(str, given)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("MACs kept") == 1
-    both = pictures(tmp_path / "ddpm-cifar10" / "masked")
+    both = pictures(tmp_path / "ddpm-church" / "masked")
     assert len(both) == 6
-    assert np.array_equal(both[:5], pictures(out / "ddpm-cifar10" / "masked"))
+    assert np.array_equal(both[:5], pictures(out / "ddpm-church" / "masked"))
 
 
 def test_dit_in_the_reference_layout(folders, tmp_path):
