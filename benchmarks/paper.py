@@ -41,6 +41,8 @@ from maskcompile.learning.processes import Processes, launched
 
 #: index of the first picture whose noise is learned from: no sampling comes so far
 LEARNED_FROM = 10**9
+#: from one of these pictures to the next; prime, so that classes and prompts, which go by the index, are spread and all come
+STRIDE = 617
 VARIANTS = ("original", "masked")
 
 
@@ -54,8 +56,7 @@ def learned(sampler: Sampler, options: argparse.Namespace, processes: Processes)
     count = options.learn_images
 
     def sample(seed: int) -> Tensor:
-        start = LEARNED_FROM + seed * count
-        return sampler.draw(sampler.denoiser, range(start, start + count), False)
+        return sampler.draw(sampler.denoiser, learned_from(seed, count), False)
 
     method: Any = mc.Paper() if options.method == "paper" else mc.Search(passes=options.passes)
     checkpoint = options.folder / "mask.checkpoint"
@@ -67,6 +68,11 @@ def learned(sampler: Sampler, options: argparse.Namespace, processes: Processes)
         mask.save(path)
         checkpoint.unlink(missing_ok=True)
     return mask
+
+
+def learned_from(seed: int, count: int) -> list[int]:
+    """Indices of the ``count`` pictures of a sampling pass to learn from; no two passes share one."""
+    return [LEARNED_FROM + STRIDE * i for i in range(seed * count, (seed + 1) * count)]
 
 
 def missing_batches(folder: Path, images: int, batch: int) -> list[int]:

@@ -295,6 +295,19 @@ def test_processes_divide_the_pictures(ddpm, tmp_path):
     assert np.array_equal(both[:5], pictures(out / "ddpm-church" / "masked"))
 
 
+def test_pictures_to_learn_from_are_of_all_kinds():
+    """Two passes of eight pictures: of 1000 classes, some in every quarter; of ten prompts, all; none is ever sampled."""
+    passes = [paper.learned_from(seed, 8) for seed in (0, 1)]
+    assert [len(found) for found in passes] == [8, 8]
+    for found in passes:
+        assert {index % 1000 // 250 for index in found} == {0, 1, 2, 3}
+    both = [index for found in passes for index in found]
+    assert len({index % 1000 for index in both}) == 16
+    assert {index % 10 for index in both} == set(range(10))
+    assert min(both) >= 10**9
+    assert len({index for seed in range(50) for index in paper.learned_from(seed, 8)}) == 400
+
+
 def test_dit_in_the_reference_layout(folders, tmp_path):
     """Against the model's own forward_with_cfg and the executor, in a loop of the scheduler's own."""
     program = mc.trace(dit.load(folders / "dit" / "DiT-tiny.pt", 2), torch.randn(2, 4, 8, 8), torch.ones(2), torch.arange(2))
