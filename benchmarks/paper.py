@@ -15,11 +15,11 @@ The speed-up is of whole sampling runs without the decoder, the original and the
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -94,20 +94,14 @@ def draw_missing(sampler: Sampler, denoiser: Any, folder: Path, images: int, bat
     for start in tqdm(mine, desc=folder.name, disable=None if processes.rank == 0 else True):
         pictures = sampler.draw(denoiser, range(start, start + batch), True)
         for index, picture in zip(range(start, min(start + batch, images)), pictures, strict=False):
-            _save_whole(picture, folder / file_of(index))
+            write_whole(folder / file_of(index), png(picture))
 
 
-def _save_whole(picture: Tensor, path: Path) -> None:
-    """A float picture [3, S, S] in 0..1 as PNG, whole or not at all."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(file, "PNG")
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+def png(picture: Tensor) -> bytes:
+    """A float picture [3, S, S] in 0..1."""
+    file = io.BytesIO()
+    Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 def costs(fast: mc.OptimizedDenoiser, sampler: Sampler, batch: int) -> dict[str, Any]:

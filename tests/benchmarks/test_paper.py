@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import string
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -23,6 +21,7 @@ from safetensors.torch import load_file
 import maskcompile as mc
 from benchmarks import checkpoints, dit, frechet, ldm, paper
 from benchmarks.reference.classifier import load_features
+from maskcompile.learning.processes import Processes
 from tests.executor import Executor
 
 #: learns almost nothing, fast
@@ -242,20 +241,20 @@ def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeyp
     (tmp_path / "ddpm-church").mkdir()
     shutil.copy(out / "ddpm-church" / "mask.json", tmp_path / "ddpm-church")  # learning goes on by itself: see test_learn
     monkeypatch.setattr(mc, "learn", None)
-    save, saved = paper._save_whole, []
+    encode, encoded = paper.png, []
 
-    def stop(picture, path):
-        saved.append(path)
-        if len(saved) == 4:
+    def stop(picture):
+        encoded.append(picture)
+        if len(encoded) == 4:
             raise KeyboardInterrupt
-        save(picture, path)
+        return encode(picture)
 
-    monkeypatch.setattr(paper, "_save_whole", stop)
+    monkeypatch.setattr(paper, "png", stop)
     with pytest.raises(KeyboardInterrupt):
         run(*arguments)
     assert len(list(tmp_path.rglob("*.png"))) == 3
     assert not list(tmp_path.rglob("*.partial"))
-    monkeypatch.setattr(paper, "_save_whole", save)
+    monkeypatch.setattr(paper, "png", encode)
     run(*arguments)
     for name in paper.VARIANTS:
         folder = "ddpm-church/" + name
@@ -263,9 +262,9 @@ def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeyp
 
     # All is there: nothing is drawn or measured again. More pictures begin with these; other settings do not mix.
     monkeypatch.setattr(paper, "speed", None)
-    monkeypatch.setattr(paper, "_save_whole", None)
+    monkeypatch.setattr(paper, "png", None)
     run(*arguments)
-    monkeypatch.setattr(paper, "_save_whole", save)
+    monkeypatch.setattr(paper, "png", encode)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     run(*arguments[:-1], "7")
     assert len(list(tmp_path.rglob("*.png"))) == 14
@@ -281,18 +280,27 @@ def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeyp
     assert not (tmp_path / "ddpm-church" / "mask.json").exists()
 
 
-def test_processes_divide_the_pictures(ddpm, tmp_path):
-    out, arguments = ddpm
-    mask = out / "ddpm-church" / "mask.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.paper"]
-    given = [*arguments[:-1], tmp_path, "--images", "6", "--mask", mask, "--no-original"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    done = subprocess.run([*launch, *map(str, given)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("MACs kept") == 1
-    both = pictures(tmp_path / "ddpm-church" / "masked")
-    assert len(both) == 6
-    assert np.array_equal(both[:5], pictures(out / "ddpm-church" / "masked"))
+def test_processes_divide_the_pictures(tmp_path):
+    """Two processes of which each knows only what was there at the start: every batch is drawn once, by one of them."""
+    drawn = []
+
+    def draw(called, indices, decode):
+        drawn.append((called, list(indices)))
+        return torch.stack([torch.full((3, 2, 2), index / 255) for index in indices])
+
+    class Alike(Processes):  # what the first process sees, in each
+        def first(self, value):
+            return [0, 4, 6, 8]
+
+    sampler = checkpoints.Sampler(_row("ddpm-church", 4), None, None, draw)
+    paper.draw_missing(sampler, "ours", tmp_path, 9, 2, Alike(0, 2))
+    assert drawn == [("ours", [0, 1]), ("ours", [6, 7])]
+    paper.draw_missing(sampler, "ours", tmp_path, 9, 2, Alike(1, 2))
+    assert drawn[2:] == [("ours", [4, 5]), ("ours", [8, 9])]
+    assert paper.missing_batches(tmp_path, 9, 2) == [2]
+    paper.draw_missing(sampler, "ours", tmp_path, 9, 2, Processes())
+    assert drawn[4:] == [("ours", [2, 3])]
+    assert [picture[0, 0, 0] for picture in pictures(tmp_path)] == list(range(9))  # the tenth of the last batch is not kept
 
 
 def test_pictures_to_learn_from_are_of_all_kinds():
@@ -529,21 +537,20 @@ def test_text_to_image(make, tmp_path):
     sampler = checkpoints.load(checkpoints.Request(row, tmp_path, prompts=("a cat", "dogs")))
     slot = "transformer" if make is pixart else "unet"
     made.set_progress_bar_config(disable=True)
-    found = sampler.draw(sampler.denoiser, [2, 3], True)
-    generators = [torch.Generator().manual_seed(i) for i in (2, 3)]
-    expected = made(
-        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance, output_type="pt"
-    ).images
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert found.std() > 0.01
+    decode, asked = make is stable_diffusion, []  # PixArt's pictures are never below 256 x 256
     other = type(sampler.denoiser).from_config(sampler.denoiser.config).eval()
-    assert not torch.equal(sampler.draw(other, [2, 3], False), sampler.draw(sampler.denoiser, [2, 3], False))
+    other.load_state_dict({name: value * 1.1 for name, value in sampler.denoiser.state_dict().items()})
+    other.register_forward_hook(lambda *_: asked.append(1))
+    found = sampler.draw(other, [2, 3], decode)
+    assert len(asked) == len(sampler.scheduler.timesteps)
     setattr(made, slot, other)
     generators = [torch.Generator().manual_seed(i) for i in (2, 3)]
-    latents = made(
-        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance, output_type="latent"
-    ).images
-    assert torch.allclose(sampler.draw(other, [2, 3], False), latents, atol=1e-5)
+    expected = made(
+        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance,
+        output_type="pt" if decode else "latent",
+    ).images  # fmt: skip
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found.std() > 0.01
 
 
 def test_a_text_to_image_row(tmp_path):
@@ -565,10 +572,10 @@ def test_a_text_to_image_row(tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    run("pixart", "--weights", tmp_path / "pixart", *given)
-    original, masked = (pictures(tmp_path / "out" / "pixart" / name) for name in paper.VARIANTS)
-    assert original.shape == (2, 256, 256, 3)
-    assert not np.array_equal(original, masked)
+    run("pixart", "--weights", tmp_path / "pixart", *given, "--no-original")
+    assert pictures(tmp_path / "out" / "pixart" / "masked").shape == (2, 256, 256, 3)
+    fast = mc.optimize(sampler.denoiser, mc.Mask.load(tmp_path / "given.json"), backend="eager")
+    assert not torch.equal(sampler.draw(fast, [0, 1], False), sampler.draw(sampler.denoiser, [0, 1], False))
     assert 0.7 < result(tmp_path / "out", "pixart")[1]["speed"]["share"] < 0.85
 
 
