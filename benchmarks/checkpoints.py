@@ -7,8 +7,8 @@ modulo theirs: a picture does not depend on those drawn with it, nor on how work
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,14 @@ class Request:
 @dataclass(frozen=True)
 class Sampler:
     """draw: of a callable in the denoiser's place, indices of pictures, and whether to decode: float pictures [n, 3, S, S] in
-    0..1 on the CPU, or what the scheduler came to.
+    0..1 on the CPU, or what the scheduler came to. beside: what else has weights that its pictures depend on, by name.
     """
 
     row: Row
     denoiser: nn.Module
     scheduler: Any
     draw: Callable[[Any, Sequence[int], bool], Tensor]
+    beside: Mapping[str, nn.Module | Tensor] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -94,7 +95,7 @@ def loop(request: Request, denoiser: nn.Module, scheduler: Any, shape: Sequence[
         return (x / 2 + 0.5).clamp(0, 1).float().cpu()
 
     scheduler.set_timesteps(row.steps)
-    return Sampler(row, denoiser, scheduler, draw)
+    return Sampler(row, denoiser, scheduler, draw, {} if vae is None else {"decoder": vae})
 
 
 def unconditional(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
@@ -149,7 +150,8 @@ def _guided_by_class(request: Request, unet: Any, vae: Any, table: Tensor, sched
         guided: Tensor = unconditional + scale * (conditional - unconditional)
         return guided
 
-    return loop(request, unet, scheduler, (unet.config.in_channels, size, size), predict, vae)
+    made = loop(request, unet, scheduler, (unet.config.in_channels, size, size), predict, vae)
+    return replace(made, beside={**made.beside, "class embedder": table})
 
 
 def dit_reference(request: Request) -> Sampler:
@@ -210,7 +212,8 @@ def text_to_image(request: Request) -> Sampler:
         return output.float().cpu().clamp(0, 1) if decode else output
 
     pipe.scheduler.set_timesteps(row.steps)
-    return Sampler(row, denoiser.eval(), pipe.scheduler, draw)
+    beside = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != slot}
+    return Sampler(row, denoiser.eval(), pipe.scheduler, draw, beside)
 
 
 def bundled(request: Request) -> Sampler:

@@ -27,6 +27,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -144,6 +145,12 @@ def distance(folder: Path, images: int, options: argparse.Namespace, size: int) 
     return value
 
 
+def distance_key(variant: str, options: argparse.Namespace) -> str:
+    """Of a row of result.json: distances to other pictures than these, or by another network, are never taken for it."""
+    against = [frechet.fingerprint(path) if path is not None else "-" for path in (options.real, options.inception)]
+    return f"distance {variant} {options.images} {' '.join(against)}"
+
+
 def check_real(options: argparse.Namespace) -> None:
     """Raise now what ``distance`` would raise after hours of sampling."""
     if options.real is None:
@@ -157,10 +164,21 @@ def check_real(options: argparse.Namespace) -> None:
         frechet.see_real(frechet.metric(options.inception, "cpu"), options.real, 0)
 
 
-def digest(model: nn.Module) -> str:
-    """Tells checkpoints apart, by the sums of their parameters."""
-    sums = [f"{float(p.detach().double().sum()):.6e}" for p in model.parameters()]
-    return sha256(" ".join(sums).encode()).hexdigest()[:16]
+def digest(part: nn.Module | Tensor) -> str:
+    """Tells weights apart, and what is configured beside them: a DiT's does not say its heads, a decoder's not its scale."""
+    tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part}
+    found = sha256(json.dumps(_configuration(getattr(part, "config", {})), sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def _configuration(config: Any) -> dict[str, Any]:
+    """A configuration of diffusers or transformers as JSON has it, without what only says where it came from ("_...")."""
+    known = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    plain: dict[str, Any] = json.loads(json.dumps(known, default=str))
+    return {name: value for name, value in plain.items() if not name.startswith("_")}
 
 
 def settings(sampler: Sampler, options: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +191,10 @@ def settings(sampler: Sampler, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "row": row.name, "weights": digest(sampler.denoiser), "steps": row.steps, "guidance": row.guidance, "eta": row.eta,
-        "sampler": type(sampler.scheduler).__name__, "batch": options.batch, "dtype": options.dtype, "backend": options.backend,
+        "beside": {name: digest(part) for name, part in sampler.beside.items()}, "heads": options.heads,
+        "sampler": {"name": type(sampler.scheduler).__name__, **_configuration(sampler.scheduler.config)},
+        "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "batch": options.batch, "dtype": options.dtype, "backend": options.backend,
         "prompts": sha256("\n".join(options.prompts).encode()).hexdigest()[:16], "learning": learning,
     }  # fmt: skip
 
@@ -218,10 +239,9 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
             {"key": key, "hardware": hardware(), "repeats": options.repeats, **taken, **costs(fast, sampler, options.batch)},
         )
     for name in VARIANTS if options.original else ("masked",):
-        key = f"distance {name} {options.images} {options.real} {options.inception}"
-        if options.real is not None and key not in done:
+        if options.real is not None and (key := distance_key(name, options)) not in done:
             found = distance(options.folder / name, options.images, options, size)
-            rows.add(path, {"key": key, "variant": name, "distance": found})
+            rows.add(path, {"key": key, "variant": name, "real": str(options.real), "distance": found})
     if options.original and (key := f"likeness {options.images}") not in done:
         rows.add(path, {"key": key, "psnr": likeness(options.folder, options.images, size)})
     text = report(sampler, mask, options, json.loads(path.read_text())["rows"], size)
@@ -242,10 +262,7 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
     """result.md. found: the rows of result.json."""
     row, known = sampler.row, {r["key"]: r for r in found}
     timed = known[f"speed {hardware()}"]
-    distances = [
-        known.get(f"distance {name} {options.images} {options.real} {options.inception}", {}).get("distance")
-        for name in VARIANTS
-    ]
+    distances = [known.get(distance_key(name, options), {}).get("distance") for name in VARIANTS]
     psnr = known.get(f"likeness {options.images}", {}).get("psnr")
     calls = mask.steps * sampler.calls
     alike = "-" if psnr is None else f"{psnr:.1f}"

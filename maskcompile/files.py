@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8: whoever reads ``path`` meanwhile, or after a failure, finds the old file or the new one."""
+    """Write bytes, or text as UTF-8: whoever reads ``path`` meanwhile, or after a failure, finds the old file or the new."""
     target = Path(path)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
     try:

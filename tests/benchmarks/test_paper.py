@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import maskcompile as mc
-from benchmarks import checkpoints, dit, frechet, ldm, paper
+from benchmarks import checkpoints, dit, frechet, ldm, models, paper
 from benchmarks.reference.classifier import load_features
 from maskcompile.learning.processes import Processes
 from tests.executor import Executor
@@ -233,6 +234,47 @@ def test_statistics_of_real_pictures(tmp_path, folders, ddpm):
     (tmp_path / "nothing.npz").write_text("nothing")
     with pytest.raises(ValueError, match="with 'mu' and 'sigma'"):
         frechet.see_real(second, tmp_path / "nothing.npz", 16)
+
+
+def test_what_else_pictures_depend_on_is_told_apart(folders, tmp_path):
+    """The decoder, the class embedder, text encoders; the scheduler's configuration; the real pictures."""
+
+    def known(sampler):
+        options = argparse.Namespace(
+            mask=None, budget=0.5, method="search", reuse="auto", seeds=[0], passes=4, learn_images=2, heads=None, batch=2,
+            dtype="float32", backend="eager", prompts=(),
+        )  # fmt: skip
+        found = paper.settings(sampler, options)
+        assert json.loads(json.dumps(found)) == found
+        return found
+
+    def differing(one, other):
+        return {name for name in one if one[name] != other[name]}
+
+    first, again = (checkpoints.load(checkpoints.Request(_row("ldm-bedroom", 3), folders / "ldm")) for _ in range(2))
+    before = known(first)
+    assert known(again) == before
+    with torch.no_grad():
+        weight = again.beside["decoder"].decoder.conv_in.weight
+        weight.copy_(weight.flip(0))  # of the same sum
+    assert differing(known(again), before) == {"beside"}
+    again.scheduler.register_to_config(beta_end=0.02)
+    assert differing(known(again), before) == {"beside", "sampler"}
+    assert paper.digest(torch.tensor([1.0, 2.0])) != paper.digest(torch.tensor([2.0, 1.0]))
+
+    (tmp_path / "real").mkdir()
+    shutil.copytree(folders / "real", tmp_path / "real", dirs_exist_ok=True)
+    options = argparse.Namespace(real=tmp_path / "real", inception=None, images=2)
+    key = paper.distance_key("masked", options)
+    assert paper.distance_key("masked", options) == key
+    shutil.copy(tmp_path / "real" / "1.png", tmp_path / "real" / "0.png")
+    changed = paper.distance_key("masked", options)
+    (tmp_path / "real" / "0.png").unlink()
+    keys = {key, changed, paper.distance_key("masked", options)}
+    for content in ("statistics", "others"):
+        (tmp_path / "real.npz").write_text(content)
+        keys.add(paper.distance_key("masked", argparse.Namespace(real=tmp_path / "real.npz", inception=None, images=2)))
+    assert len(keys) == 5
 
 
 def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeypatch, capsys):
@@ -453,11 +495,14 @@ def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch):
     sampler = checkpoints.load(checkpoints.Request(_row("ldm-4-g", 2), tmp_path / "folder"))
     assert all(torch.equal(v, sampler.denoiser.state_dict()[n]) for n, v in model.state_dict().items())
     assert torch.equal(load_file(tmp_path / "folder" / "class_embedder.safetensors")["weight"], table)
+    assert torch.equal(sampler.beside["class embedder"], table)
+    assert set(sampler.beside) == {"class embedder", "decoder"}
 
     found = sampler.draw(sampler.denoiser, [3, 9], True)
     x = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (3, 9)])
-    scheduler = diffusers.DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = models.row_named("ldm-4-g").scheduler()  # see test_models
     scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == [501, 1]
     with torch.no_grad():
         for t in scheduler.timesteps:
             of_class = model(x, t, table[[3, 4]][:, None]).sample  # 9 modulo five classes
@@ -551,6 +596,7 @@ def test_text_to_image(make, tmp_path):
     ).images  # fmt: skip
     assert torch.allclose(found, expected, atol=1e-5)
     assert found.std() > 0.01
+    assert set(sampler.beside) == {"vae", "text_encoder"}
 
 
 def test_a_text_to_image_row(tmp_path):
