@@ -277,6 +277,26 @@ def test_what_else_pictures_depend_on_is_told_apart(folders, tmp_path):
     assert len(keys) == 5
 
 
+@pytest.mark.parametrize(
+    ("device", "backend", "mode", "graphs"),
+    [
+        ("cuda:1", "inductor", "reduce-overhead", "auto"),
+        ("cuda:1", "aot_eager", None, False),
+        ("cpu", "inductor", None, False),
+    ],
+)
+def test_both_are_compiled_alike(device, backend, mode, graphs, monkeypatch):
+    """With CUDA graphs both, or neither: what torch.compile and optimize are asked for."""
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda model, **given: asked.setdefault("original", given))
+    monkeypatch.setattr(mc, "optimize", lambda model, mask, **given: asked.setdefault("masked", given))
+    made = paper.compiled_alike(None, None, argparse.Namespace(device=device, backend=backend))
+    assert set(made) == set(paper.VARIANTS)
+    assert asked["original"].get("mode") == mode
+    assert asked["masked"]["cuda_graphs"] == graphs
+    assert {given["backend"] for given in asked.values()} == {backend}
+
+
 def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeypatch, capsys):
     out, arguments = ddpm
     arguments = [*arguments[:-1], tmp_path, "--images", "5"]
