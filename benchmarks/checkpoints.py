@@ -104,7 +104,8 @@ def unconditional(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> 
     return predicted
 
 
-def labels(indices: Sequence[int], classes: int, device: torch.device) -> Tensor:
+def classes_of(indices: Sequence[int], classes: int, device: torch.device) -> Tensor:
+    """int64 [n], by the index of each picture."""
     return torch.tensor([index % classes for index in indices], device=device)
 
 
@@ -117,7 +118,7 @@ def ddpm(request: Request) -> Sampler:
 
 
 def ldm(request: Request) -> Sampler:
-    """An LDMPipeline's folder: unet, vqvae (or vae) and scheduler."""
+    """An LDMPipeline's folder, or one of ``benchmarks.convert_ldm``: unet, vqvae (or vae) and scheduler."""
     unet = part(request, "unet", diffusers.UNet2DModel)
     size = unet.config.sample_size
     shape = (unet.config.in_channels, size, size)
@@ -133,7 +134,7 @@ def ldm_class(request: Request) -> Sampler:
     return _guided_by_class(request, unet, vae, load_file(path)["weight"], scheduler_of(request))
 
 
-CONVERSION = "python -m benchmarks.ldm MODEL.CKPT FOLDER makes a folder of CompVis's checkpoint"
+CONVERSION = "python -m benchmarks.convert_ldm MODEL.CKPT FOLDER makes a folder of CompVis's checkpoint"
 
 
 def _guided_by_class(request: Request, unet: Any, vae: Any, table: Tensor, scheduler: Any) -> Sampler:
@@ -141,7 +142,7 @@ def _guided_by_class(request: Request, unet: Any, vae: Any, table: Tensor, sched
     table = table.to(request.device, request.dtype)
 
     def predict(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
-        wanted = labels(indices, len(table) - 1, x.device)
+        wanted = classes_of(indices, len(table) - 1, x.device)
         if scale is None:
             return called(x, t, encoder_hidden_states=table[wanted][:, None], return_dict=False)[0]  # type: ignore[no-any-return]
         context = table[torch.cat([wanted, torch.full_like(wanted, len(table) - 1)])][:, None]
@@ -167,7 +168,7 @@ def dit_reference(request: Request) -> Sampler:
     scale, channels = request.row.guidance, model.in_channels
 
     def predict(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
-        y = labels(indices, model.num_classes, x.device)
+        y = classes_of(indices, model.num_classes, x.device)
         if scale is None:
             return called(x, t.expand(len(x)), y)[:, :channels]  # type: ignore[no-any-return]
         y = torch.cat([y, torch.full_like(y, model.num_classes)])
@@ -225,7 +226,7 @@ def bundled(request: Request) -> Sampler:
         denoiser.to(request.dtype)
 
     def by_class(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
-        y = labels(indices, len(CLASSES), x.device)
+        y = classes_of(indices, len(CLASSES), x.device)
         predicted: Tensor = called(x, t.expand(len(x)), class_labels=y, return_dict=False)[0]
         return predicted
 

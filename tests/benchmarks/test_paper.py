@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import maskcompile as mc
-from benchmarks import checkpoints, dit, frechet, ldm, models, paper
+from benchmarks import checkpoints, convert_ldm, dit, frechet, models, paper, weights
 from benchmarks.reference.classifier import load_features
 from maskcompile.learning.processes import Processes
 from tests.executor import Executor
@@ -486,7 +486,7 @@ def compvis_autoencoder(name, levels=2):
     return name
 
 
-def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch):
+def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch, capsys):
     """A checkpoint with CompVis's names and a trainer's class in it, as a folder that the row loads and samples from."""
 
     def network():
@@ -497,21 +497,23 @@ def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch):
 
     model, vq = filled(network(), scale=0.05), diffusers.VQModel.from_pretrained(folders / "ldm" / "vqvae")
     table = torch.randn(6, 12)
-    weights = {f"model.diffusion_model.{compvis_unet(n)}": v for n, v in model.state_dict().items()}
+    saved = {f"model.diffusion_model.{compvis_unet(n)}": v for n, v in model.state_dict().items()}
     for name, value in vq.state_dict().items():
         matrix = "attentions" in name and name.endswith("weight") and value.dim() == 2
-        weights[f"first_stage_model.{compvis_autoencoder(name)}"] = value[:, :, None, None] if matrix else value
-    weights["cond_stage_model.embedding.weight"] = table
+        saved[f"first_stage_model.{compvis_autoencoder(name)}"] = value[:, :, None, None] if matrix else value
+    saved["cond_stage_model.embedding.weight"] = table
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
-    torch.save({"state_dict": weights, "callbacks": {module.ModelCheckpoint: {"best": 1.0}}}, tmp_path / "model.ckpt")
+    torch.save({"state_dict": saved, "callbacks": {module.ModelCheckpoint: {"best": 1.0}}}, tmp_path / "model.ckpt")
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
 
     blank = diffusers.VQModel.from_config(vq.config)
-    ldm.convert(ldm.read(tmp_path / "model.ckpt"), tmp_path / "folder", network(), blank)
+    read = weights.read(tmp_path / "model.ckpt")
+    assert convert_ldm.row_of(read, tmp_path) == "ldm-4-g"
+    convert_ldm.convert(read, tmp_path / "folder", "ldm-4-g", network(), blank)
     sampler = checkpoints.load(checkpoints.Request(_row("ldm-4-g", 2), tmp_path / "folder"))
     assert all(torch.equal(v, sampler.denoiser.state_dict()[n]) for n, v in model.state_dict().items())
     assert torch.equal(load_file(tmp_path / "folder" / "class_embedder.safetensors")["weight"], table)
@@ -531,8 +533,59 @@ def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch):
         expected = (vq.decode(x).sample / 2 + 0.5).clamp(0, 1)
     assert torch.allclose(found, expected, atol=1e-4)
     torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="no class-conditional LDM"):
-        ldm.read(tmp_path / "other.ckpt")
+    assert convert_ldm.main([str(tmp_path / "other.ckpt"), str(tmp_path / "none")]) == 1
+    assert "other.ckpt is no LDM of CompVis's: it has no 'model.diffusion_model" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_compvis_checkpoints_without_conditions(folders, tmp_path):
+    """The average of training is taken; its attention, by CompVis's formula (QKVAttentionLegacy), is the folder's."""
+    network = diffusers.UNet2DModel(
+        sample_size=16, layers_per_block=2, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    model, vq = filled(network), diffusers.VQModel.from_pretrained(folders / "ldm" / "vqvae")
+    averaged = {}
+    for name, value in model.state_dict().items():
+        place = compvis_unet(name)
+        if ".attentions." not in name:
+            averaged[place] = value
+        elif ".to_v." in name:
+            place = place.replace("to_v", "qkv")
+            averaged[place] = torch.randn(3 * len(value), len(value), 1) if "weight" in name else torch.randn(3 * len(value))
+        elif ".to_out." in name:
+            averaged[place.replace("to_out.0", "proj_out")] = value[:, :, None] if "weight" in name else value
+        elif ".group_norm." in name:
+            averaged[place.replace("group_norm", "norm")] = value
+    found = {f"model.diffusion_model.{name}": torch.randn_like(value) for name, value in averaged.items()}
+    found |= {"model_ema.diffusion_model" + name.replace(".", ""): value for name, value in averaged.items()}
+    for name, value in vq.state_dict().items():
+        matrix = "attentions" in name and name.endswith("weight") and value.dim() == 2
+        found[f"first_stage_model.{compvis_autoencoder(name)}"] = value[:, :, None, None] if matrix else value
+    assert convert_ldm.row_of(found, tmp_path) == "ldm-bedroom"
+    blank = diffusers.UNet2DModel.from_config(network.config)
+    convert_ldm.convert(found, tmp_path, "ldm-bedroom", blank, diffusers.VQModel.from_config(vq.config))
+    sampler = checkpoints.load(checkpoints.Request(_row("ldm-bedroom", 3), tmp_path))
+    assert sampler.scheduler.config.steps_offset == 1
+    loaded = sampler.denoiser.state_dict()
+    same = [name for name in loaded if not re.search(r"attentions.*to_[qkv]", name)]
+    assert all(torch.equal(loaded[name], model.state_dict()[name]) for name in same)
+
+    x = torch.randn(2, 32, 4, 4)
+    flat = torch.nn.functional.group_norm(
+        x, 8, averaged["middle_block.1.norm.weight"], averaged["middle_block.1.norm.bias"], 1e-5
+    )
+    qkv = torch.nn.functional.conv1d(
+        flat.flatten(2), averaged["middle_block.1.qkv.weight"], averaged["middle_block.1.qkv.bias"]
+    )
+    q, k, v = qkv.reshape(2 * 4, 3 * 8, 16).split(8, dim=1)  # four heads in the batch
+    weight = (torch.einsum("bct,bcs->bts", q, k) / 8**0.5).softmax(-1)
+    mixed = torch.einsum("bts,bcs->bct", weight, v).reshape(2, 32, 16)
+    out = torch.nn.functional.conv1d(
+        mixed, averaged["middle_block.1.proj_out.weight"], averaged["middle_block.1.proj_out.bias"]
+    )
+    with torch.no_grad():
+        assert torch.allclose(sampler.denoiser.mid_block.attentions[0](x), x + out.reshape(x.shape), atol=1e-4)
 
 
 def test_the_bundled_denoisers(tmp_path):
