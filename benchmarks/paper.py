@@ -284,7 +284,7 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
     head += f"| {frechet.name(options.inception)}: original / masked | PSNR dB, median |"
     scheduler = type(sampler.scheduler).__name__.removesuffix("Scheduler")
     line = (
-        f"| {row.title} | {scheduler}, {row.steps} steps{guidance} | {method}, {', '.join(sorted(set(mask.reuse)))} "
+        f"| {row.title} | {scheduler}, {mask.steps} steps{guidance} | {method}, {', '.join(sorted(set(mask.reuse)))} "
         f"| {timed['gmacs']:.4g} / {timed['gmacs_masked']:.4g} "
         f"| {timed['gmacs'] * calls:.4g} / {timed['gmacs_masked'] * calls:.4g} | {timed['share']:.1%} "
         f"| {timed['speedup']:.2f}x (spread {timed['spread']:.0%}) | {' / '.join(said)} | {alike} |"

@@ -195,6 +195,7 @@ def test_the_columns(ddpm, folders):
     text = (out / "ddpm-church" / "result.md").read_text()
     assert "Frechet distance (bundled classifier, not Inception)" in text
     assert f"| {speed['share']:.1%} |" in text
+    assert "| DDIM, 4 steps |" in text
     assert settings["learning"]["budget"] == 0.6
 
 
