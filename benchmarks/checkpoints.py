@@ -7,8 +7,8 @@ modulo theirs: a picture does not depend on those drawn with it, nor on how work
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,14 @@ class Request:
 @dataclass(frozen=True)
 class Sampler:
     """draw: of a callable in the denoiser's place, indices of pictures, and whether to decode: float pictures [n, 3, S, S] in
-    0..1 on the CPU, or what the scheduler came to.
+    0..1 on the CPU, or what the scheduler came to. beside: what else has weights that its pictures depend on, by name.
     """
 
     row: Row
     denoiser: nn.Module
     scheduler: Any
     draw: Callable[[Any, Sequence[int], bool], Tensor]
+    beside: Mapping[str, nn.Module | Tensor] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -94,7 +95,7 @@ def loop(request: Request, denoiser: nn.Module, scheduler: Any, shape: Sequence[
         return (x / 2 + 0.5).clamp(0, 1).float().cpu()
 
     scheduler.set_timesteps(row.steps)
-    return Sampler(row, denoiser, scheduler, draw)
+    return Sampler(row, denoiser, scheduler, draw, {} if vae is None else {"decoder": vae})
 
 
 def unconditional(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
@@ -103,7 +104,8 @@ def unconditional(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> 
     return predicted
 
 
-def labels(indices: Sequence[int], classes: int, device: torch.device) -> Tensor:
+def classes_of(indices: Sequence[int], classes: int, device: torch.device) -> Tensor:
+    """int64 [n], by the index of each picture."""
     return torch.tensor([index % classes for index in indices], device=device)
 
 
@@ -116,7 +118,7 @@ def ddpm(request: Request) -> Sampler:
 
 
 def ldm(request: Request) -> Sampler:
-    """An LDMPipeline's folder: unet, vqvae (or vae) and scheduler."""
+    """An LDMPipeline's folder, or one of ``benchmarks.convert_ldm``: unet, vqvae (or vae) and scheduler."""
     unet = part(request, "unet", diffusers.UNet2DModel)
     size = unet.config.sample_size
     shape = (unet.config.in_channels, size, size)
@@ -132,7 +134,7 @@ def ldm_class(request: Request) -> Sampler:
     return _guided_by_class(request, unet, vae, load_file(path)["weight"], scheduler_of(request))
 
 
-CONVERSION = "python -m benchmarks.ldm MODEL.CKPT FOLDER makes a folder of CompVis's checkpoint"
+CONVERSION = "python -m benchmarks.convert_ldm MODEL.CKPT FOLDER makes a folder of CompVis's checkpoint"
 
 
 def _guided_by_class(request: Request, unet: Any, vae: Any, table: Tensor, scheduler: Any) -> Sampler:
@@ -140,7 +142,7 @@ def _guided_by_class(request: Request, unet: Any, vae: Any, table: Tensor, sched
     table = table.to(request.device, request.dtype)
 
     def predict(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
-        wanted = labels(indices, len(table) - 1, x.device)
+        wanted = classes_of(indices, len(table) - 1, x.device)
         if scale is None:
             return called(x, t, encoder_hidden_states=table[wanted][:, None], return_dict=False)[0]  # type: ignore[no-any-return]
         context = table[torch.cat([wanted, torch.full_like(wanted, len(table) - 1)])][:, None]
@@ -149,7 +151,8 @@ def _guided_by_class(request: Request, unet: Any, vae: Any, table: Tensor, sched
         guided: Tensor = unconditional + scale * (conditional - unconditional)
         return guided
 
-    return loop(request, unet, scheduler, (unet.config.in_channels, size, size), predict, vae)
+    made = loop(request, unet, scheduler, (unet.config.in_channels, size, size), predict, vae)
+    return replace(made, beside={**made.beside, "class embedder": table})
 
 
 def dit_reference(request: Request) -> Sampler:
@@ -165,7 +168,7 @@ def dit_reference(request: Request) -> Sampler:
     scale, channels = request.row.guidance, model.in_channels
 
     def predict(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
-        y = labels(indices, model.num_classes, x.device)
+        y = classes_of(indices, model.num_classes, x.device)
         if scale is None:
             return called(x, t.expand(len(x)), y)[:, :channels]  # type: ignore[no-any-return]
         y = torch.cat([y, torch.full_like(y, model.num_classes)])
@@ -210,7 +213,8 @@ def text_to_image(request: Request) -> Sampler:
         return output.float().cpu().clamp(0, 1) if decode else output
 
     pipe.scheduler.set_timesteps(row.steps)
-    return Sampler(row, denoiser.eval(), pipe.scheduler, draw)
+    beside = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != slot}
+    return Sampler(row, denoiser.eval(), pipe.scheduler, draw, beside)
 
 
 def bundled(request: Request) -> Sampler:
@@ -222,7 +226,7 @@ def bundled(request: Request) -> Sampler:
         denoiser.to(request.dtype)
 
     def by_class(called: Any, x: Tensor, t: Tensor, indices: Sequence[int]) -> Tensor:
-        y = labels(indices, len(CLASSES), x.device)
+        y = classes_of(indices, len(CLASSES), x.device)
         predicted: Tensor = called(x, t.expand(len(x)), class_labels=y, return_dict=False)[0]
         return predicted
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+
+from benchmarks.weights import read
 
 #: width -> attention heads of the published sizes XL, L, B and S; a state dict does not say
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}
@@ -195,7 +195,7 @@ def load(path: str | Path, heads: int | None = None) -> DiT:
     no such checkpoint, with what was wrong.
     """
     path = Path(path)
-    weights = _read(path)
+    weights = read(path)
     try:
         settings = settings_of(weights, heads)
         with torch.device("meta"):
@@ -204,29 +204,6 @@ def load(path: str | Path, heads: int | None = None) -> DiT:
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not load as a DiT: {' '.join(str(error).split())}") from None
     return model.requires_grad_(False).eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; DiT-XL-2-256x256.pt is linked to from github.com/facebookresearch/DiT.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}.") from None
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler that is fed another file may raise anything
-        raise ValueError(f"{path} is no file of tensors that torch.load(weights_only=True) reads: {_first(error)}") from None
-    if isinstance(found, dict) and isinstance(found.get("ema"), dict):
-        found = found["ema"]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds a {type(found).__name__} that is no state dict: names with a tensor each.")
-    return found
-
-
-def _first(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 #: name here -> name in diffusers' model, without the ends "weight" and "bias"; {i} is the block

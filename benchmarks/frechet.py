@@ -6,6 +6,7 @@ other and with nothing published.
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,15 @@ def pictures_in(folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) in {folder}.")
     return found
+
+
+def fingerprint(path: Path) -> str:
+    """Tells real pictures apart: a file by its content, a folder by the names, sizes and times of change of its pictures."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    said = [(str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in pictures_in(path)]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def see(found: FrechetInceptionDistance, paths: Sequence[Path], real: bool, size: int) -> None:

@@ -9,17 +9,18 @@ from noise of its own. Under ``accelerate launch`` or torchrun the processes lea
 measures. Everything is kept in ``--out``/ROW: ``mask.json``, the pictures ``original/000000.png`` and ``masked/000000.png``,
 ``result.json`` and ``result.md``.
 
-The speed-up is of whole sampling runs without the decoder, the original and the masked denoiser compiled alike and run in turn.
+The speed-up is of whole sampling runs without the decoder, the original and the masked denoiser compiled alike, with CUDA
+graphs on CUDA, and run in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -41,6 +43,8 @@ from maskcompile.learning.processes import Processes, launched
 
 #: index of the first picture whose noise is learned from: no sampling comes so far
 LEARNED_FROM = 10**9
+#: from one of these pictures to the next; prime, so that classes and prompts, which go by the index, are spread and all come
+STRIDE = 617
 VARIANTS = ("original", "masked")
 
 
@@ -54,8 +58,7 @@ def learned(sampler: Sampler, options: argparse.Namespace, processes: Processes)
     count = options.learn_images
 
     def sample(seed: int) -> Tensor:
-        start = LEARNED_FROM + seed * count
-        return sampler.draw(sampler.denoiser, range(start, start + count), False)
+        return sampler.draw(sampler.denoiser, learned_from(seed, count), False)
 
     method: Any = mc.Paper() if options.method == "paper" else mc.Search(passes=options.passes)
     checkpoint = options.folder / "mask.checkpoint"
@@ -67,6 +70,11 @@ def learned(sampler: Sampler, options: argparse.Namespace, processes: Processes)
         mask.save(path)
         checkpoint.unlink(missing_ok=True)
     return mask
+
+
+def learned_from(seed: int, count: int) -> list[int]:
+    """Indices of the ``count`` pictures of a sampling pass to learn from; no two passes share one."""
+    return [LEARNED_FROM + STRIDE * i for i in range(seed * count, (seed + 1) * count)]
 
 
 def missing_batches(folder: Path, images: int, batch: int) -> list[int]:
@@ -88,20 +96,24 @@ def draw_missing(sampler: Sampler, denoiser: Any, folder: Path, images: int, bat
     for start in tqdm(mine, desc=folder.name, disable=None if processes.rank == 0 else True):
         pictures = sampler.draw(denoiser, range(start, start + batch), True)
         for index, picture in zip(range(start, min(start + batch, images)), pictures, strict=False):
-            _save_whole(picture, folder / file_of(index))
+            write_whole(folder / file_of(index), png(picture))
 
 
-def _save_whole(picture: Tensor, path: Path) -> None:
-    """A float picture [3, S, S] in 0..1 as PNG, whole or not at all."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(file, "PNG")
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+def png(picture: Tensor) -> bytes:
+    """A float picture [3, S, S] in 0..1."""
+    file = io.BytesIO()
+    Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def compiled_alike(denoiser: nn.Module, mask: mc.Mask, options: argparse.Namespace) -> dict[str, Any]:
+    """``VARIANTS``. Inductor's on CUDA are both replayed as CUDA graphs, all else as neither is."""
+    graphs = options.backend == "inductor" and options.device.startswith("cuda")
+    mode = {"mode": "reduce-overhead"} if graphs else {}
+    return {
+        "original": torch.compile(denoiser, fullgraph=True, dynamic=False, backend=options.backend, **mode),
+        "masked": mc.optimize(denoiser, mask, backend=options.backend, cuda_graphs="auto" if graphs else False),
+    }
 
 
 def costs(fast: mc.OptimizedDenoiser, sampler: Sampler, batch: int) -> dict[str, Any]:
@@ -144,6 +156,12 @@ def distance(folder: Path, images: int, options: argparse.Namespace, size: int) 
     return value
 
 
+def distance_key(variant: str, options: argparse.Namespace) -> str:
+    """Of a row of result.json: distances to other pictures than these, or by another network, are never taken for it."""
+    against = [frechet.fingerprint(path) if path is not None else "-" for path in (options.real, options.inception)]
+    return f"distance {variant} {options.images} {' '.join(against)}"
+
+
 def check_real(options: argparse.Namespace) -> None:
     """Raise now what ``distance`` would raise after hours of sampling."""
     if options.real is None:
@@ -157,10 +175,21 @@ def check_real(options: argparse.Namespace) -> None:
         frechet.see_real(frechet.metric(options.inception, "cpu"), options.real, 0)
 
 
-def digest(model: nn.Module) -> str:
-    """Tells checkpoints apart, by the sums of their parameters."""
-    sums = [f"{float(p.detach().double().sum()):.6e}" for p in model.parameters()]
-    return sha256(" ".join(sums).encode()).hexdigest()[:16]
+def digest(part: nn.Module | Tensor) -> str:
+    """Tells weights apart, and what is configured beside them: a DiT's does not say its heads, a decoder's not its scale."""
+    tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part}
+    found = sha256(json.dumps(_configuration(getattr(part, "config", {})), sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def _configuration(config: Any) -> dict[str, Any]:
+    """A configuration of diffusers or transformers as JSON has it, without what only says where it came from ("_...")."""
+    known = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    plain: dict[str, Any] = json.loads(json.dumps(known, default=str))
+    return {name: value for name, value in plain.items() if not name.startswith("_")}
 
 
 def settings(sampler: Sampler, options: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +202,10 @@ def settings(sampler: Sampler, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "row": row.name, "weights": digest(sampler.denoiser), "steps": row.steps, "guidance": row.guidance, "eta": row.eta,
-        "sampler": type(sampler.scheduler).__name__, "batch": options.batch, "dtype": options.dtype, "backend": options.backend,
+        "beside": {name: digest(part) for name, part in sampler.beside.items()}, "heads": options.heads,
+        "sampler": {"name": type(sampler.scheduler).__name__, **_configuration(sampler.scheduler.config)},
+        "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "batch": options.batch, "dtype": options.dtype, "backend": options.backend,
         "prompts": sha256("\n".join(options.prompts).encode()).hexdigest()[:16], "learning": learning,
     }  # fmt: skip
 
@@ -201,9 +233,8 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
         done = rows.opened(path, settings(sampler, options), options.fresh)
     processes.gather({})  # nobody goes on before the folder is as it should be
     mask = learned(sampler, options, processes)
-    fast = mc.optimize(sampler.denoiser, mask, backend=options.backend)
-    compiled = torch.compile(sampler.denoiser, fullgraph=True, dynamic=False, backend=options.backend)
-    variants: dict[str, Any] = {"original": compiled, "masked": fast}
+    variants = compiled_alike(sampler.denoiser, mask, options)
+    fast = variants["masked"]
     for name in VARIANTS if options.original else ("masked",):
         draw_missing(sampler, variants[name], options.folder / name, options.images, options.batch, processes)
     processes.gather({})
@@ -218,10 +249,9 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
             {"key": key, "hardware": hardware(), "repeats": options.repeats, **taken, **costs(fast, sampler, options.batch)},
         )
     for name in VARIANTS if options.original else ("masked",):
-        key = f"distance {name} {options.images} {options.real} {options.inception}"
-        if options.real is not None and key not in done:
+        if options.real is not None and (key := distance_key(name, options)) not in done:
             found = distance(options.folder / name, options.images, options, size)
-            rows.add(path, {"key": key, "variant": name, "distance": found})
+            rows.add(path, {"key": key, "variant": name, "real": str(options.real), "distance": found})
     if options.original and (key := f"likeness {options.images}") not in done:
         rows.add(path, {"key": key, "psnr": likeness(options.folder, options.images, size)})
     text = report(sampler, mask, options, json.loads(path.read_text())["rows"], size)
@@ -242,10 +272,7 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
     """result.md. found: the rows of result.json."""
     row, known = sampler.row, {r["key"]: r for r in found}
     timed = known[f"speed {hardware()}"]
-    distances = [
-        known.get(f"distance {name} {options.images} {options.real} {options.inception}", {}).get("distance")
-        for name in VARIANTS
-    ]
+    distances = [known.get(distance_key(name, options), {}).get("distance") for name in VARIANTS]
     psnr = known.get(f"likeness {options.images}", {}).get("psnr")
     calls = mask.steps * sampler.calls
     alike = "-" if psnr is None else f"{psnr:.1f}"
@@ -257,7 +284,7 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
     head += f"| {frechet.name(options.inception)}: original / masked | PSNR dB, median |"
     scheduler = type(sampler.scheduler).__name__.removesuffix("Scheduler")
     line = (
-        f"| {row.title} | {scheduler}, {row.steps} steps{guidance} | {method}, {', '.join(sorted(set(mask.reuse)))} "
+        f"| {row.title} | {scheduler}, {mask.steps} steps{guidance} | {method}, {', '.join(sorted(set(mask.reuse)))} "
         f"| {timed['gmacs']:.4g} / {timed['gmacs_masked']:.4g} "
         f"| {timed['gmacs'] * calls:.4g} / {timed['gmacs_masked'] * calls:.4g} | {timed['share']:.1%} "
         f"| {timed['speedup']:.2f}x (spread {timed['spread']:.0%}) | {' / '.join(said)} | {alike} |"

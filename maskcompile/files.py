@@ -7,13 +7,13 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8: whoever reads ``path`` meanwhile, or after a failure, finds the old file or the new one."""
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8: whoever reads ``path`` meanwhile, or after a failure, finds the old file or the new."""
     target = Path(path)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(partial, 0o644)
         os.replace(partial, target)
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,8 +79,62 @@ def test_blocks_and_macs_of_the_capture(traced, counted):
 def test_schedulers(row):
     scheduler = row.scheduler()
     assert scheduler.timesteps.device.type == "cpu"
-    assert len(set(scheduler.timesteps.tolist())) in (row.steps, row.steps - 1)  # PNDM repeats one
+    assert len(set(scheduler.timesteps.tolist())) == {"ddpm-cifar10": 96}.get(row.name, row.steps)
     assert len(mc.log_snr(scheduler)) == len(set(scheduler.timesteps.tolist()))
+
+
+def _run(scheduler, eta=0.0):
+    """A sampling run with noise that depends on the sample and the timestep, float64: the samples after each step."""
+    x, found = torch.linspace(-2, 2, 8, dtype=torch.float64), []
+    for t in scheduler.timesteps:
+        drawn = {"eta": eta, "variance_noise": (x * 7).sin()} if eta else {}
+        x = scheduler.step(predicted(x, int(t)), t, x, return_dict=False, **drawn)[0]
+        found.append(x)
+    return torch.stack(found)
+
+
+def predicted(x, t):
+    return (3 * x + t / 100).cos()
+
+
+def by_hand(alphas, eta):
+    """DDIM (arXiv 2010.02502, Eq. 12) by (timestep, cumulative alpha, the one to come to) in turn, without clipping."""
+    x, found = torch.linspace(-2, 2, 8, dtype=torch.float64), []
+    for t, a, b in alphas:
+        noise, sigma = predicted(x, t), eta * np.sqrt((1 - b) / (1 - a) * (1 - a / b))
+        drawn = sigma * (x * 7).sin()
+        x = np.sqrt(b) * (x - np.sqrt(1 - a) * noise) / np.sqrt(a) + np.sqrt(1 - b - sigma**2) * noise + drawn
+        found.append(x)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", ["ldm-bedroom", "ldm-4-g"])
+def test_latent_rows_sample_as_compvis(name):
+    """Its make_ddim_timesteps and make_ddim_sampling_parameters: t = 1 + i * 1000 / S, alphas_prev[0] = alphacums[0]."""
+    row = models.row_named(name)
+    cumulative = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    timesteps = np.arange(0, 1000, 1000 // row.steps) + 1
+    before = np.concatenate([cumulative[:1], cumulative[timesteps[:-1]]])
+    scheduler = row.scheduler()
+    assert scheduler.timesteps.tolist() == timesteps[::-1].tolist()
+    expected = by_hand(list(zip(timesteps, cumulative[timesteps], before, strict=True))[::-1], row.eta)
+    assert torch.allclose(_run(scheduler, row.eta), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_cifar10_has_quadratic_timesteps():
+    """The papers' (--skip_type quad): all hundred calls of their loop, with those that repeat a timestep, come to the same."""
+    cumulative = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])  # at timestep -1, 0, ...
+    timesteps = [int(t) for t in np.linspace(0, np.sqrt(1000 * 0.8), 100) ** 2]
+    assert (len(set(timesteps)), timesteps[:4], timesteps[-1]) == (96, [0, 0, 0, 0], 800)
+    turn = [(t, cumulative[t + 1], cumulative[u + 1]) for t, u in zip(timesteps, [-1, *timesteps[:-1]], strict=True)]
+    scheduler = models.row_named("ddpm-cifar10").scheduler()
+    assert scheduler.timesteps.tolist() == sorted(set(timesteps), reverse=True)
+    found, expected = _run(scheduler), by_hand(turn[::-1], 0.0)
+    assert torch.allclose(found[0], expected[0], rtol=1e-4)
+    assert torch.allclose(found[-1], expected[-1], rtol=1e-3, atol=1e-4)
+    assert expected[-1].abs().max() > 1  # nothing is clipped
+    with pytest.raises(ValueError, match="eta 0"):
+        scheduler.step(found[0], 800, found[0], eta=1.0)
 
 
 @pytest.mark.parametrize("row", models.ROWS, ids=lambda row: row.name)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import re
 import shutil
 import string
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -21,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import maskcompile as mc
-from benchmarks import checkpoints, dit, frechet, ldm, paper
+from benchmarks import checkpoints, convert_ldm, dit, frechet, models, paper, weights
 from benchmarks.reference.classifier import load_features
+from maskcompile.learning.processes import Processes
 from tests.executor import Executor
 
 #: learns almost nothing, fast
@@ -105,7 +105,7 @@ def ddpm(folders, tmp_path_factory):
     """One run of the row, with all that it measures."""
     out = tmp_path_factory.mktemp("ddpm")
     arguments = [
-        "ddpm-cifar10",
+        "ddpm-church",
         "--weights",
         folders / "ddpm",
         *QUICK,
@@ -129,7 +129,7 @@ def test_the_original_pictures_are_the_pipelines(ddpm, folders):
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(5)]
     expected = pipe(batch_size=5, generator=generators, num_inference_steps=4, output_type="np").images
-    found = pictures(out / "ddpm-cifar10" / "original")
+    found = pictures(out / "ddpm-church" / "original")
     assert found.shape == (5, 16, 16, 3)
     assert np.abs(found - (expected * 255).round()).max() <= 1  # a batch of 5 rounds otherwise than of 2
     assert found.std() > 20
@@ -138,8 +138,8 @@ def test_the_original_pictures_are_the_pipelines(ddpm, folders):
 
 def test_the_masked_pictures_are_the_executors(ddpm, folders):
     out, _ = ddpm
-    mask = mc.Mask.load(out / "ddpm-cifar10" / "mask.json")
-    sampler = checkpoints.load(checkpoints.Request(_row("ddpm-cifar10", 4), folders / "ddpm"))
+    mask = mc.Mask.load(out / "ddpm-church" / "mask.json")
+    sampler = checkpoints.load(checkpoints.Request(_row("ddpm-church", 4), folders / "ddpm"))
     compute = mask.compute.copy()
     compute[0] = True
     order = [int(rule == "linear") for rule in mask.reuse]
@@ -150,35 +150,52 @@ def test_the_masked_pictures_are_the_executors(ddpm, folders):
         called = lambda *args, s=steps, **kwargs: executor.step(next(s), *args, **kwargs)  # noqa: E731
         drawn.append(sampler.draw(called, range(start, start + 2), True))
     expected = (torch.cat(drawn)[:5] * 255).round().permute(0, 2, 3, 1).numpy()
-    found = pictures(out / "ddpm-cifar10" / "masked")
+    found = pictures(out / "ddpm-church" / "masked")
     assert np.array_equal(found, expected)
-    assert not np.array_equal(found, pictures(out / "ddpm-cifar10" / "original"))
+    assert not np.array_equal(found, pictures(out / "ddpm-church" / "original"))
 
 
 def _row(name, steps):
     return replace(checkpoints.find_row(name), steps=steps)
 
 
+def test_cifar10_keeps_its_timesteps_with_the_folders_noise(folders):
+    """The square roots of 0, 88, 355 and 800 are evenly spaced; the noise schedule is the folder's."""
+    sampler = checkpoints.load(checkpoints.Request(_row("ddpm-cifar10", 4), folders / "ddpm"))
+    called = []
+    found = sampler.draw(lambda x, t, **more: (called.append(int(t)), sampler.denoiser(x, t, **more))[1], [3], False)
+    assert called == [800, 355, 88, 0]
+    assert sampler.scheduler.config.beta_end == 0.015
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.015, 1000, dtype=torch.float64), 0)
+    x = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(3))[None]
+    with torch.no_grad():
+        for t, after in zip(called, [alphas[355], alphas[88], alphas[0], torch.tensor(1.0)], strict=True):
+            noise = sampler.denoiser(x, torch.tensor(t)).sample
+            x = (after.sqrt() * (x - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt() + (1 - after).sqrt() * noise).float()
+    assert torch.allclose(found, x, atol=1e-3)
+
+
 def test_the_columns(ddpm, folders):
     out, _ = ddpm
-    settings, found = result(out, "ddpm-cifar10")
+    settings, found = result(out, "ddpm-church")
     model = diffusers.UNet2DModel.from_pretrained(folders / "ddpm" / "unet")
     program = mc.trace(model, torch.randn(1, 3, 16, 16), torch.tensor(1))
-    mask = mc.Mask.load(out / "ddpm-cifar10" / "mask.json")
+    mask = mc.Mask.load(out / "ddpm-church" / "mask.json")
     speed = found["speed"]
     assert speed["gmacs"] == pytest.approx(program.macs / 1e9)
     assert speed["share"] == pytest.approx(mc.cost(program, mask).share)
     assert 0.5 < speed["share"] < 0.61  # its few blocks come no nearer to 0.6
     assert speed["gmacs_masked"] == pytest.approx(speed["gmacs"] * speed["share"])
-    original, masked = (pictures(out / "ddpm-cifar10" / name).astype(np.float64) for name in paper.VARIANTS)
+    original, masked = (pictures(out / "ddpm-church" / name).astype(np.float64) for name in paper.VARIANTS)
     errors = np.square(original - masked).mean((1, 2, 3))
     assert found["likeness"]["psnr"] == pytest.approx(np.median(10 * np.log10(255**2 / errors)))
     real = [Image.open(folders / "real" / f"{i}.png").convert("RGB").crop((0, 1, 18, 19)).resize((16, 16), 3) for i in range(6)]
     expected = frechet_by_hand(np.stack([np.asarray(p) for p in real]), original)
     assert found["original"]["distance"] == pytest.approx(expected, rel=1e-2)
-    text = (out / "ddpm-cifar10" / "result.md").read_text()
+    text = (out / "ddpm-church" / "result.md").read_text()
     assert "Frechet distance (bundled classifier, not Inception)" in text
     assert f"| {speed['share']:.1%} |" in text
+    assert "| DDIM, 4 steps |" in text
     assert settings["learning"]["budget"] == 0.6
 
 
@@ -201,7 +218,7 @@ def frechet_by_hand(a, b):
 def test_statistics_of_real_pictures(tmp_path, folders, ddpm):
     """The statistics of a folder stand for the folder."""
     out, _ = ddpm
-    samples = frechet.pictures_in(out / "ddpm-cifar10" / "original")
+    samples = frechet.pictures_in(out / "ddpm-church" / "original")
     first = frechet.metric(None, "cpu")
     frechet.see_real(first, folders / "real", 16)
     seen = next(frechet.batches(frechet.pictures_in(folders / "real"), 16)).permute(0, 2, 3, 1)
@@ -220,63 +237,146 @@ def test_statistics_of_real_pictures(tmp_path, folders, ddpm):
         frechet.see_real(second, tmp_path / "nothing.npz", 16)
 
 
+def test_what_else_pictures_depend_on_is_told_apart(folders, tmp_path):
+    """The decoder, the class embedder, text encoders; the scheduler's configuration; the real pictures."""
+
+    def known(sampler):
+        options = argparse.Namespace(
+            mask=None, budget=0.5, method="search", reuse="auto", seeds=[0], passes=4, learn_images=2, heads=None, batch=2,
+            dtype="float32", backend="eager", prompts=(),
+        )  # fmt: skip
+        found = paper.settings(sampler, options)
+        assert json.loads(json.dumps(found)) == found
+        return found
+
+    def differing(one, other):
+        return {name for name in one if one[name] != other[name]}
+
+    first, again = (checkpoints.load(checkpoints.Request(_row("ldm-bedroom", 3), folders / "ldm")) for _ in range(2))
+    before = known(first)
+    assert known(again) == before
+    with torch.no_grad():
+        weight = again.beside["decoder"].decoder.conv_in.weight
+        weight.copy_(weight.flip(0))  # of the same sum
+    assert differing(known(again), before) == {"beside"}
+    again.scheduler.register_to_config(beta_end=0.02)
+    assert differing(known(again), before) == {"beside", "sampler"}
+    assert paper.digest(torch.tensor([1.0, 2.0])) != paper.digest(torch.tensor([2.0, 1.0]))
+
+    (tmp_path / "real").mkdir()
+    shutil.copytree(folders / "real", tmp_path / "real", dirs_exist_ok=True)
+    options = argparse.Namespace(real=tmp_path / "real", inception=None, images=2)
+    key = paper.distance_key("masked", options)
+    assert paper.distance_key("masked", options) == key
+    shutil.copy(tmp_path / "real" / "1.png", tmp_path / "real" / "0.png")
+    changed = paper.distance_key("masked", options)
+    (tmp_path / "real" / "0.png").unlink()
+    keys = {key, changed, paper.distance_key("masked", options)}
+    for content in ("statistics", "others"):
+        (tmp_path / "real.npz").write_text(content)
+        keys.add(paper.distance_key("masked", argparse.Namespace(real=tmp_path / "real.npz", inception=None, images=2)))
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "mode", "graphs"),
+    [
+        ("cuda:1", "inductor", "reduce-overhead", "auto"),
+        ("cuda:1", "aot_eager", None, False),
+        ("cpu", "inductor", None, False),
+    ],
+)
+def test_both_are_compiled_alike(device, backend, mode, graphs, monkeypatch):
+    """With CUDA graphs both, or neither: what torch.compile and optimize are asked for."""
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda model, **given: asked.setdefault("original", given))
+    monkeypatch.setattr(mc, "optimize", lambda model, mask, **given: asked.setdefault("masked", given))
+    made = paper.compiled_alike(None, None, argparse.Namespace(device=device, backend=backend))
+    assert set(made) == set(paper.VARIANTS)
+    assert asked["original"].get("mode") == mode
+    assert asked["masked"]["cuda_graphs"] == graphs
+    assert {given["backend"] for given in asked.values()} == {backend}
+
+
 def test_an_interrupted_run_goes_on_to_the_same_pictures(ddpm, tmp_path, monkeypatch, capsys):
     out, arguments = ddpm
     arguments = [*arguments[:-1], tmp_path, "--images", "5"]
-    (tmp_path / "ddpm-cifar10").mkdir()
-    shutil.copy(out / "ddpm-cifar10" / "mask.json", tmp_path / "ddpm-cifar10")  # learning goes on by itself: see test_learn
+    (tmp_path / "ddpm-church").mkdir()
+    shutil.copy(out / "ddpm-church" / "mask.json", tmp_path / "ddpm-church")  # learning goes on by itself: see test_learn
     monkeypatch.setattr(mc, "learn", None)
-    save, saved = paper._save_whole, []
+    encode, encoded = paper.png, []
 
-    def stop(picture, path):
-        saved.append(path)
-        if len(saved) == 4:
+    def stop(picture):
+        encoded.append(picture)
+        if len(encoded) == 4:
             raise KeyboardInterrupt
-        save(picture, path)
+        return encode(picture)
 
-    monkeypatch.setattr(paper, "_save_whole", stop)
+    monkeypatch.setattr(paper, "png", stop)
     with pytest.raises(KeyboardInterrupt):
         run(*arguments)
     assert len(list(tmp_path.rglob("*.png"))) == 3
     assert not list(tmp_path.rglob("*.partial"))
-    monkeypatch.setattr(paper, "_save_whole", save)
+    monkeypatch.setattr(paper, "png", encode)
     run(*arguments)
     for name in paper.VARIANTS:
-        folder = "ddpm-cifar10/" + name
+        folder = "ddpm-church/" + name
         assert np.array_equal(pictures(tmp_path / folder), pictures(out / folder))
 
     # All is there: nothing is drawn or measured again. More pictures begin with these; other settings do not mix.
     monkeypatch.setattr(paper, "speed", None)
-    monkeypatch.setattr(paper, "_save_whole", None)
+    monkeypatch.setattr(paper, "png", None)
     run(*arguments)
-    monkeypatch.setattr(paper, "_save_whole", save)
+    monkeypatch.setattr(paper, "png", encode)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     run(*arguments[:-1], "7")
     assert len(list(tmp_path.rglob("*.png"))) == 14
     assert all(path.read_bytes() == content for path, content in before.items())
     with pytest.raises(SystemExit, match="another batch, learning"):
-        run(*arguments, "--batch", "3", "--mask", out / "ddpm-cifar10" / "mask.json")
+        run(*arguments, "--batch", "3", "--mask", out / "ddpm-church" / "mask.json")
     assert all(path.read_bytes() == content for path, content in before.items())
     monkeypatch.setattr(
         paper, "speed", lambda *_: {"speedup": 1.0, "spread": 0.0, "original_ms_a_picture": 1.0, "masked_ms_a_picture": 1.0}
     )
-    run(*arguments, "--batch", "3", "--mask", out / "ddpm-cifar10" / "mask.json", "--fresh", "--no-original")
+    run(*arguments, "--batch", "3", "--mask", out / "ddpm-church" / "mask.json", "--fresh", "--no-original")
     assert len(list(tmp_path.rglob("*.png"))) == 5
-    assert not (tmp_path / "ddpm-cifar10" / "mask.json").exists()
+    assert not (tmp_path / "ddpm-church" / "mask.json").exists()
 
 
-def test_processes_divide_the_pictures(ddpm, tmp_path):
-    out, arguments = ddpm
-    mask = out / "ddpm-cifar10" / "mask.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.paper"]
-    given = [*arguments[:-1], tmp_path, "--images", "6", "--mask", mask, "--no-original"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    done = subprocess.run([*launch, *map(str, given)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("MACs kept") == 1
-    both = pictures(tmp_path / "ddpm-cifar10" / "masked")
-    assert len(both) == 6
-    assert np.array_equal(both[:5], pictures(out / "ddpm-cifar10" / "masked"))
+def test_processes_divide_the_pictures(tmp_path):
+    """Two processes of which each knows only what was there at the start: every batch is drawn once, by one of them."""
+    drawn = []
+
+    def draw(called, indices, decode):
+        drawn.append((called, list(indices)))
+        return torch.stack([torch.full((3, 2, 2), index / 255) for index in indices])
+
+    class Alike(Processes):  # what the first process sees, in each
+        def first(self, value):
+            return [0, 4, 6, 8]
+
+    sampler = checkpoints.Sampler(_row("ddpm-church", 4), None, None, draw)
+    paper.draw_missing(sampler, "ours", tmp_path, 9, 2, Alike(0, 2))
+    assert drawn == [("ours", [0, 1]), ("ours", [6, 7])]
+    paper.draw_missing(sampler, "ours", tmp_path, 9, 2, Alike(1, 2))
+    assert drawn[2:] == [("ours", [4, 5]), ("ours", [8, 9])]
+    assert paper.missing_batches(tmp_path, 9, 2) == [2]
+    paper.draw_missing(sampler, "ours", tmp_path, 9, 2, Processes())
+    assert drawn[4:] == [("ours", [2, 3])]
+    assert [picture[0, 0, 0] for picture in pictures(tmp_path)] == list(range(9))  # the tenth of the last batch is not kept
+
+
+def test_pictures_to_learn_from_are_of_all_kinds():
+    """Two passes of eight pictures: of 1000 classes, some in every quarter; of ten prompts, all; none is ever sampled."""
+    passes = [paper.learned_from(seed, 8) for seed in (0, 1)]
+    assert [len(found) for found in passes] == [8, 8]
+    for found in passes:
+        assert {index % 1000 // 250 for index in found} == {0, 1, 2, 3}
+    both = [index for found in passes for index in found]
+    assert len({index % 1000 for index in both}) == 16
+    assert {index % 10 for index in both} == set(range(10))
+    assert min(both) >= 10**9
+    assert len({index for seed in range(50) for index in paper.learned_from(seed, 8)}) == 400
 
 
 def test_dit_in_the_reference_layout(folders, tmp_path):
@@ -387,7 +487,7 @@ def compvis_autoencoder(name, levels=2):
     return name
 
 
-def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch):
+def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch, capsys):
     """A checkpoint with CompVis's names and a trainer's class in it, as a folder that the row loads and samples from."""
 
     def network():
@@ -398,29 +498,34 @@ def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch):
 
     model, vq = filled(network(), scale=0.05), diffusers.VQModel.from_pretrained(folders / "ldm" / "vqvae")
     table = torch.randn(6, 12)
-    weights = {f"model.diffusion_model.{compvis_unet(n)}": v for n, v in model.state_dict().items()}
+    saved = {f"model.diffusion_model.{compvis_unet(n)}": v for n, v in model.state_dict().items()}
     for name, value in vq.state_dict().items():
         matrix = "attentions" in name and name.endswith("weight") and value.dim() == 2
-        weights[f"first_stage_model.{compvis_autoencoder(name)}"] = value[:, :, None, None] if matrix else value
-    weights["cond_stage_model.embedding.weight"] = table
+        saved[f"first_stage_model.{compvis_autoencoder(name)}"] = value[:, :, None, None] if matrix else value
+    saved["cond_stage_model.embedding.weight"] = table
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
-    torch.save({"state_dict": weights, "callbacks": {module.ModelCheckpoint: {"best": 1.0}}}, tmp_path / "model.ckpt")
+    torch.save({"state_dict": saved, "callbacks": {module.ModelCheckpoint: {"best": 1.0}}}, tmp_path / "model.ckpt")
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
 
     blank = diffusers.VQModel.from_config(vq.config)
-    ldm.convert(ldm.read(tmp_path / "model.ckpt"), tmp_path / "folder", network(), blank)
+    read = weights.read(tmp_path / "model.ckpt")
+    assert convert_ldm.row_of(read, tmp_path) == "ldm-4-g"
+    convert_ldm.convert(read, tmp_path / "folder", "ldm-4-g", network(), blank)
     sampler = checkpoints.load(checkpoints.Request(_row("ldm-4-g", 2), tmp_path / "folder"))
     assert all(torch.equal(v, sampler.denoiser.state_dict()[n]) for n, v in model.state_dict().items())
     assert torch.equal(load_file(tmp_path / "folder" / "class_embedder.safetensors")["weight"], table)
+    assert torch.equal(sampler.beside["class embedder"], table)
+    assert set(sampler.beside) == {"class embedder", "decoder"}
 
     found = sampler.draw(sampler.denoiser, [3, 9], True)
     x = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (3, 9)])
-    scheduler = diffusers.DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = models.row_named("ldm-4-g").scheduler()  # see test_models
     scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == [501, 1]
     with torch.no_grad():
         for t in scheduler.timesteps:
             of_class = model(x, t, table[[3, 4]][:, None]).sample  # 9 modulo five classes
@@ -429,8 +534,59 @@ def test_compvis_checkpoints_become_folders(folders, tmp_path, monkeypatch):
         expected = (vq.decode(x).sample / 2 + 0.5).clamp(0, 1)
     assert torch.allclose(found, expected, atol=1e-4)
     torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="no class-conditional LDM"):
-        ldm.read(tmp_path / "other.ckpt")
+    assert convert_ldm.main([str(tmp_path / "other.ckpt"), str(tmp_path / "none")]) == 1
+    assert "other.ckpt is no LDM of CompVis's: it has no 'model.diffusion_model" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_compvis_checkpoints_without_conditions(folders, tmp_path):
+    """The average of training is taken; its attention, by CompVis's formula (QKVAttentionLegacy), is the folder's."""
+    network = diffusers.UNet2DModel(
+        sample_size=16, layers_per_block=2, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    model, vq = filled(network), diffusers.VQModel.from_pretrained(folders / "ldm" / "vqvae")
+    averaged = {}
+    for name, value in model.state_dict().items():
+        place = compvis_unet(name)
+        if ".attentions." not in name:
+            averaged[place] = value
+        elif ".to_v." in name:
+            place = place.replace("to_v", "qkv")
+            averaged[place] = torch.randn(3 * len(value), len(value), 1) if "weight" in name else torch.randn(3 * len(value))
+        elif ".to_out." in name:
+            averaged[place.replace("to_out.0", "proj_out")] = value[:, :, None] if "weight" in name else value
+        elif ".group_norm." in name:
+            averaged[place.replace("group_norm", "norm")] = value
+    found = {f"model.diffusion_model.{name}": torch.randn_like(value) for name, value in averaged.items()}
+    found |= {"model_ema.diffusion_model" + name.replace(".", ""): value for name, value in averaged.items()}
+    for name, value in vq.state_dict().items():
+        matrix = "attentions" in name and name.endswith("weight") and value.dim() == 2
+        found[f"first_stage_model.{compvis_autoencoder(name)}"] = value[:, :, None, None] if matrix else value
+    assert convert_ldm.row_of(found, tmp_path) == "ldm-bedroom"
+    blank = diffusers.UNet2DModel.from_config(network.config)
+    convert_ldm.convert(found, tmp_path, "ldm-bedroom", blank, diffusers.VQModel.from_config(vq.config))
+    sampler = checkpoints.load(checkpoints.Request(_row("ldm-bedroom", 3), tmp_path))
+    assert sampler.scheduler.config.steps_offset == 1
+    loaded = sampler.denoiser.state_dict()
+    same = [name for name in loaded if not re.search(r"attentions.*to_[qkv]", name)]
+    assert all(torch.equal(loaded[name], model.state_dict()[name]) for name in same)
+
+    x = torch.randn(2, 32, 4, 4)
+    flat = torch.nn.functional.group_norm(
+        x, 8, averaged["middle_block.1.norm.weight"], averaged["middle_block.1.norm.bias"], 1e-5
+    )
+    qkv = torch.nn.functional.conv1d(
+        flat.flatten(2), averaged["middle_block.1.qkv.weight"], averaged["middle_block.1.qkv.bias"]
+    )
+    q, k, v = qkv.reshape(2 * 4, 3 * 8, 16).split(8, dim=1)  # four heads in the batch
+    weight = (torch.einsum("bct,bcs->bts", q, k) / 8**0.5).softmax(-1)
+    mixed = torch.einsum("bts,bcs->bct", weight, v).reshape(2, 32, 16)
+    out = torch.nn.functional.conv1d(
+        mixed, averaged["middle_block.1.proj_out.weight"], averaged["middle_block.1.proj_out.bias"]
+    )
+    with torch.no_grad():
+        assert torch.allclose(sampler.denoiser.mid_block.attentions[0](x), x + out.reshape(x.shape), atol=1e-4)
 
 
 def test_the_bundled_denoisers(tmp_path):
@@ -500,21 +656,21 @@ def test_text_to_image(make, tmp_path):
     sampler = checkpoints.load(checkpoints.Request(row, tmp_path, prompts=("a cat", "dogs")))
     slot = "transformer" if make is pixart else "unet"
     made.set_progress_bar_config(disable=True)
-    found = sampler.draw(sampler.denoiser, [2, 3], True)
-    generators = [torch.Generator().manual_seed(i) for i in (2, 3)]
-    expected = made(
-        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance, output_type="pt"
-    ).images
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert found.std() > 0.01
+    decode, asked = make is stable_diffusion, []  # PixArt's pictures are never below 256 x 256
     other = type(sampler.denoiser).from_config(sampler.denoiser.config).eval()
-    assert not torch.equal(sampler.draw(other, [2, 3], False), sampler.draw(sampler.denoiser, [2, 3], False))
+    other.load_state_dict({name: value * 1.1 for name, value in sampler.denoiser.state_dict().items()})
+    other.register_forward_hook(lambda *_: asked.append(1))
+    found = sampler.draw(other, [2, 3], decode)
+    assert len(asked) == len(sampler.scheduler.timesteps)
     setattr(made, slot, other)
     generators = [torch.Generator().manual_seed(i) for i in (2, 3)]
-    latents = made(
-        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance, output_type="latent"
-    ).images
-    assert torch.allclose(sampler.draw(other, [2, 3], False), latents, atol=1e-5)
+    expected = made(
+        ["a cat", "dogs"], generator=generators, num_inference_steps=3, guidance_scale=row.guidance,
+        output_type="pt" if decode else "latent",
+    ).images  # fmt: skip
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found.std() > 0.01
+    assert set(sampler.beside) == {"vae", "text_encoder"}
 
 
 def test_a_text_to_image_row(tmp_path):
@@ -536,10 +692,10 @@ def test_a_text_to_image_row(tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    run("pixart", "--weights", tmp_path / "pixart", *given)
-    original, masked = (pictures(tmp_path / "out" / "pixart" / name) for name in paper.VARIANTS)
-    assert original.shape == (2, 256, 256, 3)
-    assert not np.array_equal(original, masked)
+    run("pixart", "--weights", tmp_path / "pixart", *given, "--no-original")
+    assert pictures(tmp_path / "out" / "pixart" / "masked").shape == (2, 256, 256, 3)
+    fast = mc.optimize(sampler.denoiser, mc.Mask.load(tmp_path / "given.json"), backend="eager")
+    assert not torch.equal(sampler.draw(fast, [0, 1], False), sampler.draw(sampler.denoiser, [0, 1], False))
     assert 0.7 < result(tmp_path / "out", "pixart")[1]["speed"]["share"] < 0.85
 
 
