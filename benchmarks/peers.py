@@ -52,6 +52,8 @@ SCHEDULES = {"dit": ("uniform", 2), "unet": ("deepcache", 2), "sd": ("deepcache"
 ORIGINAL = "original"
 #: our variants: the schedule held, extrapolated, and attention alone at the schedule's interval, which is what PAB reuses
 OURS = {"hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone"}
+#: modes of ``torch.compile`` that record CUDA graphs; ours records its own in the rows compared with these, and in no other
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 #: thresholds to choose from
 THRESHOLDS = tuple(float(t) for t in np.geomspace(0.001, 0.999, 60))
 #: how far a compiled run may be from the eager one, of the largest number of the outputs
@@ -286,7 +288,7 @@ def ready_to_run(
     options: dict[str, Any] = {} if variant.compiled in ("", "default") else {"mode": variant.compiled}
     if variant.method in OURS:
         start = processor_seconds()  # the capture is a part of it, once for the schedule and for ``optimize``
-        fast = optimised(of, variant.method, setup.backend, **options)
+        fast = optimised(of, variant.method, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
         calls(of, fast)
         first = processor_seconds() - start
         return partial(calls, of, fast), fast.reset, {"how": "regions", "first_s": first, "attempts": []}
@@ -394,12 +396,13 @@ class Process:
         self.folder.cleanup()
 
 
-def compilations(device: str, method: str) -> tuple[str, ...]:
-    """The ways in which a method is run: rivals uncompiled and by default, the original and ours also as CUDA graphs."""
-    own = ("default", "max-autotune", "reduce-overhead") if device == "cuda" else ("default",)
-    if method == ORIGINAL:
-        return ("", *own)
-    return own if method in OURS else ("", "default")
+def compilations(setup: Setup, method: str) -> tuple[str, ...]:
+    """What a method is compiled as: "" for not at all, the default, and on CUDA Inductor's modes with CUDA graphs."""
+    graphs = tuple(CUDA_GRAPHS) if setup.device.startswith("cuda") and setup.backend == "inductor" else ()
+    if method in OURS:
+        return ("default", *graphs)
+    # Rivals are many and autotuning is slow: of these modes they get the one that is for launches alone.
+    return ("", "default", *(graphs if method == ORIGINAL else graphs[:1]))
 
 
 def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str, Any]:
@@ -414,7 +417,7 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
         Variant(name, m["setting"], way)
         for name, m in methods.items()
         if "error" not in m
-        for way in compilations(setup.device, name)
+        for way in compilations(setup, name)
     ]
     with ThreadPoolExecutor(jobs) as pool:
         started = pool.map(lambda variant: Process(setup, variant, patience, threads), variants)
