@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -329,7 +330,8 @@ def ready_to_run(
 
 def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads: int) -> None:
     """In a process of its own: make the variant ready, then run it whenever told to. No variant: describe them all."""
-    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    inductor.compile_threads = 1  # its environment variable was read when the server of processes imported it
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     stack = ExitStack()
