@@ -2,10 +2,12 @@
 
 For each denoiser of ``benchmarks.cases`` a published schedule as our mask, and every cache of ``benchmarks.rivals`` that knows
 the denoiser, its interval, number of full steps or threshold chosen so that the MACs it runs, counted over an eager run, come
-nearest to the mask's. Each runs eager, and under ``torch.compile`` in the fastest way that gives the results of its eager run:
-the whole denoiser with ``fullgraph=True``, or with graph breaks, or the blocks alone that it puts its cache around. What is
-timed are the denoiser's calls of one sampling run of the original. Each variant lives in a process of its own, with empty
-compiler caches, and the processes take turns.
+nearest to the mask's. Each runs eager, and under ``torch.compile`` in every way that gives the results of its eager run, ours
+too: the whole denoiser with ``fullgraph=True``, or else with graph breaks, and the blocks alone that it puts its cache around.
+What is timed are the denoiser's calls of one sampling run of the original. Each way lives in a process of its own, with empty
+compiler caches, and the processes take turns; the table shows the fastest way, and lists the others. A cache that decides by
+content is kept also where its compiled results differ, with a line that says so. CUDA graphs, ours or Inductor's, are used in
+the rows that name their mode, and in no others.
 
 The realised share is (speed-up over the original, eager or compiled alike) / (MACs before / MACs after). Compiling is measured
 in processor seconds: those of a whole first run, less those of a later one. What is kept is the most that tensors hold between
@@ -22,12 +24,11 @@ import multiprocessing
 import os
 import re
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ import maskcompile as mc
 from benchmarks import rows
 from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
 from benchmarks.rivals import RIVALS, Restart, Setting, as_found
-from benchmarks.timing import hardware, interleaved, ratio
+from benchmarks.timing import Timing, hardware, interleaved, ratio, synchronise
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,15 +80,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class Variant:
-    """method: ``ORIGINAL``, of ``OURS`` or of ``RIVALS``. compiled: "" is eager; else what ``torch.compile`` is asked for."""
+    """method: ``ORIGINAL``, of ``OURS`` or of ``RIVALS``. compiled: "" is eager; else what ``torch.compile`` is asked for.
+
+    how: "regions" for ours; "fullgraph", "graph breaks", or "blocks": what a rival puts its cache around is compiled first,
+    and its decisions are left to Python.
+    """
 
     method: str
     setting: Setting = 0
     compiled: str = ""
+    how: str = "eager"
 
     @property
     def label(self) -> str:
-        return f"{self.method}/{self.compiled}"
+        return f"{self.method}/{self.compiled}/{self.how}"
 
 
 @cache
@@ -238,16 +244,10 @@ def processor_seconds() -> float:
 
 
 @contextmanager
-def compiled(
-    of: Case, variant: Variant, how: str, backend: str, options: dict[str, Any]
-) -> Iterator[tuple[Callable[..., Any], Restart]]:
-    """(what to call, how to begin another run) of the variant under ``torch.compile``.
-
-    how: "fullgraph", "graph breaks", or "blocks": what a rival puts its cache around is compiled first, and its decisions are
-    left to Python.
-    """
+def compiled(of: Case, variant: Variant, backend: str, options: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], Restart]]:
+    """(what to call, how to begin another run) of the original or a rival under ``torch.compile``."""
     uncompiled = Variant(variant.method, variant.setting)
-    if how == "blocks":
+    if variant.how == "blocks":
         with as_found(of.denoiser):
             for name, module in of.denoiser.named_modules():
                 if re.fullmatch(RIVALS[variant.method].wraps[of.name], name):
@@ -256,27 +256,30 @@ def compiled(
                 yield found
     else:
         with installed(of, uncompiled) as (denoiser, restart):
-            yield torch.compile(denoiser, fullgraph=how == "fullgraph", backend=backend, **options), restart
+            yield torch.compile(denoiser, fullgraph=variant.how == "fullgraph", backend=backend, **options), restart
 
 
-def survives(of: Case, denoiser: Callable[..., Any], restart: Restart, expected: list[Tensor]) -> tuple[float, float]:
-    """(processor seconds of the first run, seconds of a later one). Raises ValueError where results are not those expected."""
-    start = processor_seconds()
-    restart()
-    outputs = run(of, denoiser)
-    first = processor_seconds() - start
-    restart()
-    outputs += run(of, denoiser)
+def differing(variant: Variant, outputs: list[Tensor], expected: list[Tensor]) -> str | None:
+    """How far results are from those expected, where it is more than what compiling may change; None where it is not.
+
+    A cache that decides by content may come to other decisions when it is compiled, and is kept. Raises ValueError for all
+    others, and for numbers that are not finite.
+    """
     largest = max(float(x.abs().max()) for x in expected)
-    apart = max(float((a - b).abs().max()) for a, b in zip(outputs, expected * 2, strict=True)) / largest
-    if not apart < TOLERANCE[expected[0].dtype]:
-        raise ValueError(f"its results are {apart:.2g} of the largest number away from those of its eager run")
-    restart()
-    _synchronise()
-    begin = time.perf_counter()
-    calls(of, denoiser)
-    _synchronise()
-    return first, time.perf_counter() - begin
+    apart = float(np.max([float((a - b).abs().max()) for a, b in zip(outputs, expected, strict=True)])) / largest
+    if apart < TOLERANCE[expected[0].dtype]:
+        return None
+    said = f"its results are {apart:.2g} of the largest number away from those of its eager run"
+    if variant.method in RIVALS and RIVALS[variant.method].settings is None and np.isfinite(apart):
+        return f"{said}; it decides by content, and is kept"
+    raise ValueError(said)
+
+
+def eager_results(of: Case, variant: Variant) -> list[Tensor]:
+    """The outputs of a run of the variant uncompiled."""
+    with installed(of, Variant(variant.method, variant.setting)) as (denoiser, restart):
+        restart()
+        return run(of, denoiser)
 
 
 def ready_to_run(
@@ -284,48 +287,28 @@ def ready_to_run(
 ) -> tuple[Callable[[], Any], Restart, dict[str, Any]]:
     """(a run, how to begin another, what is to be said of the compilation), until the stack is left.
 
-    Of the ways of compiling that give the results of an eager run, the fastest. Raises RuntimeError where there is none.
+    Raises ValueError where two runs do not give the results of an eager one; see ``differing``.
     """
-    options: dict[str, Any] = {} if variant.compiled in ("", "default") else {"mode": variant.compiled}
+    if not variant.compiled:
+        denoiser, restart = stack.enter_context(installed(of, variant))
+        return partial(calls, of, denoiser), restart, {}
+    options: dict[str, Any] = {} if variant.compiled == "default" else {"mode": variant.compiled}
     if variant.method in OURS:
         start = processor_seconds()  # the capture is a part of it, once for the schedule and for ``optimize``
         fast = optimised(of, variant.method, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
-        calls(of, fast)
-        first = processor_seconds() - start
-        return partial(calls, of, fast), fast.reset, {"how": "regions", "first_s": first, "attempts": []}
-    with installed(of, Variant(variant.method, variant.setting)) as (denoiser, restart):
-        restart()
-        expected = run(of, denoiser)
-    if not variant.compiled:
-        denoiser, restart = stack.enter_context(installed(of, variant))
-        return partial(calls, of, denoiser), restart, {"how": "eager", "attempts": []}
-    attempts: list[str] = []
-    seconds: dict[str, tuple[float, float]] = {}
-    for how in ("fullgraph", "graph breaks", "blocks"):
-        if (how == "graph breaks" and "fullgraph" in seconds) or (how == "blocks" and variant.method == ORIGINAL):
-            continue
-        torch.compiler.reset()
-        trial = ExitStack()
-        try:
-            denoiser, restart = trial.enter_context(compiled(of, variant, how, setup.backend, options))
-            seconds[how] = survives(of, denoiser, restart, expected)
-        except Exception as error:
-            attempts.append(f"{how}: {one_line(error)}")
-        finally:
-            trial.close()
-    if not seconds:
-        raise RuntimeError("; ".join(attempts))
-    best = min(seconds, key=lambda how: seconds[how][1])
-    attempts += [
-        f"{how}: slower, {1000 * slower / of.steps:.1f} ms a step in one run against {1000 * seconds[best][1] / of.steps:.1f}"
-        for how, (_, slower) in seconds.items()
-        if how != best
-    ]
-    torch.compiler.reset()
-    denoiser, restart = stack.enter_context(compiled(of, variant, best, setup.backend, options))
+        denoiser, restart, expected = fast, fast.reset, None
+    else:
+        expected = eager_results(of, variant)
+        denoiser, restart = stack.enter_context(compiled(of, variant, setup.backend, options))
+        start = processor_seconds()
     restart()
-    calls(of, denoiser)
-    return partial(calls, of, denoiser), restart, {"how": best, "first_s": seconds[best][0], "attempts": attempts}
+    outputs = run(of, denoiser)
+    first = processor_seconds() - start
+    restart()
+    outputs += run(of, denoiser)
+    if expected is None:  # not before, lest the capture be done already
+        expected = eager_results(of, variant)
+    return partial(calls, of, denoiser), restart, {"first_s": first, "note": differing(variant, outputs, expected * 2)}
 
 
 def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads: int) -> None:
@@ -347,21 +330,16 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
         pipe.send(said)
         while pipe.recv():
             restart()
-            _synchronise()
+            synchronise()
             pipe.send(True)
             pipe.recv()
             execute()
-            _synchronise()
+            synchronise()
             pipe.send(True)
     except EOFError:  # the other side has ended
         return
     except Exception as error:
-        pipe.send({"error": str(error) if type(error) is RuntimeError else one_line(error)})
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        pipe.send({"error": one_line(error)})
 
 
 class Process:
@@ -407,6 +385,24 @@ def compilations(setup: Setup, method: str) -> tuple[str, ...]:
     return ("", "default", *(graphs if method == ORIGINAL else graphs[:1]))
 
 
+def ways(variant: Variant) -> list[Variant]:
+    """The ways of compiling that are tried; "graph breaks" only where "fullgraph" fails."""
+    if not variant.compiled:
+        return [variant]
+    if variant.method in OURS:
+        return [replace(variant, how="regions")]
+    hows = ("fullgraph",) if variant.method == ORIGINAL else ("fullgraph", "blocks")
+    return [replace(variant, how=how) for how in hows]
+
+
+def begun(setup: Setup, patience: float, threads: int, variant: Variant) -> list[tuple[Variant, Process]]:
+    """The variant in its process; where it cannot be compiled without graph breaks, also with them."""
+    found = [(variant, Process(setup, variant, patience, threads))]
+    if variant.how == "fullgraph" and "error" in found[0][1].said:
+        found += begun(setup, patience, threads, replace(variant, how="graph breaks"))
+    return found
+
+
 def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str, Any]:
     """All variants of a denoiser, timed in turn; see the module."""
     threads = torch.get_num_threads()
@@ -416,16 +412,17 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
     described.end()
     methods = {m["method"]: m for m in described.said["methods"]}
     variants = [
-        Variant(name, m["setting"], way)
+        way
         for name, m in methods.items()
         if "error" not in m
-        for way in compilations(setup, name)
+        for mode in compilations(setup, name)
+        for way in ways(Variant(name, m["setting"], mode))
     ]
     with ThreadPoolExecutor(jobs) as pool:
-        started = pool.map(lambda variant: Process(setup, variant, patience, threads), variants)
+        started = pool.map(partial(begun, setup, patience, threads), variants)
         progress = tqdm(started, total=len(variants), desc=f"{setup.denoiser}: compiling", leave=False, disable=None)
-        processes = list(progress)
-    ready = {variant: process for variant, process in zip(variants, processes, strict=True) if "error" not in process.said}
+        processes = [pair for pairs in progress for pair in pairs]
+    ready = {variant: process for variant, process in processes if "error" not in process.said}
     try:
         times = interleaved(
             {v.label: p.run for v, p in ready.items()}, repeats, prepare={v.label: p.prepare for v, p in ready.items()}
@@ -433,19 +430,51 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
     finally:
         for process in ready.values():
             process.end()
-    measured = []
-    eager, by_default = Variant(ORIGINAL).label, Variant(ORIGINAL, compiled="default").label
-    for variant, process in zip(variants, processes, strict=True):
-        row = {"method": variant.method, "compiled": variant.compiled, **methods[variant.method], **process.said}
-        if (timing := times.get(variant.label)) is not None:
-            row |= {"ms": 1000 * timing.median / setup.steps, "spread": timing.spread}
-            row["over_eager"] = ratio(times[eager], timing)
-            row["over_compiled"] = ratio(times[by_default], timing) if by_default in times else None
-            alike = times.get(Variant(ORIGINAL, compiled=variant.compiled).label)
-            row["realised_share"] = ratio(alike, timing) * row["share"] if alike and variant.method != ORIGINAL else None
-        measured.append(row)
-    measured += [m for m in methods.values() if "error" in m]
-    return {"hardware": described.said["hardware"], "variants": measured}
+    said = [(variant, process.said) for variant, process in processes]
+    return {"hardware": described.said["hardware"], "variants": best_of_ways(setup.steps, methods, said, times)}
+
+
+def best_of_ways(
+    steps: int, methods: dict[str, dict[str, Any]], said: list[tuple[Variant, dict[str, Any]]], times: dict[str, Timing]
+) -> list[dict[str, Any]]:
+    """A row for each method as it is compiled, of the fastest way; the other ways, and what is to be said, in its attempts.
+
+    said: what each variant's process said. times: by the labels of the variants that ran.
+
+    Raises RuntimeError where the original itself did not run.
+    """
+    ran: dict[tuple[str, str], list[Variant]] = {}
+    for variant, _ in said:
+        ran.setdefault((variant.method, variant.compiled), [])
+        if variant.label in times:
+            ran[variant.method, variant.compiled].append(variant)
+    best = {key: min(found, key=lambda v: times[v.label].median) for key, found in ran.items() if found}
+    if (ORIGINAL, "") not in best:
+        raise RuntimeError(f"the original did not run: {'; '.join(s['error'] for v, s in said if v == Variant(ORIGINAL))}.")
+    rows = []
+    for (method, mode), found in ran.items():
+        row = {**methods[method], "compiled": mode}
+        tried = [(v, s) for v, s in said if (v.method, v.compiled) == (method, mode)]
+        failed = [f"{v.how}: {s['error']}" for v, s in tried if "error" in s]
+        if not found:
+            rows.append({**row, "error": "; ".join(failed)})
+            continue
+        fastest = best[method, mode]
+        timing = times[fastest.label]
+        slower = [
+            f"{v.how}: slower, {1000 * times[v.label].median / steps:.1f} ms a step (spread {times[v.label].spread:.0%})"
+            for v in found
+            if v != fastest
+        ]
+        notes = [f"{v.how}: {s['note']}" for v, s in tried if s.get("note")]
+        row |= {"how": fastest.how, "attempts": failed + slower + notes, "compile_s": dict(tried)[fastest].get("compile_s")}
+        row |= {"ms": 1000 * timing.median / steps, "spread": timing.spread}
+        row["over_eager"] = ratio(times[best[ORIGINAL, ""].label], timing)
+        by_default, alike = best.get((ORIGINAL, "default")), best.get((ORIGINAL, mode))
+        row["over_compiled"] = ratio(times[by_default.label], timing) if by_default else None
+        row["realised_share"] = ratio(times[alike.label], timing) * row["share"] if alike and method != ORIGINAL else None
+        rows.append(row)
+    return rows + [m for m in methods.values() if "error" in m]
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ def interleaved(
     for turn in tqdm(range(-warmup, repeats), desc="timing", delay=2, leave=False, disable=None):
         for name, run in variants.items():
             prepare.get(name, lambda: None)()
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
             run()
-            _synchronise()
+            synchronise()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
@@ -79,6 +79,7 @@ def hardware(threads: bool = True) -> str:
     return f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for what a GPU has been given to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
