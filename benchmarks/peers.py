@@ -12,7 +12,7 @@ the rows that name their mode, and in no others.
 The realised share is (speed-up over the original, eager or compiled alike) / (MACs before / MACs after). Compiling is measured
 in processor seconds: those of a whole first run, less those of a later one. What is kept is the most that tensors hold between
 steps. PSNR is that of a sampling run to the original's, where the denoiser is trained. Writes ``peers.json`` and ``peers.md``,
-and goes on with the denoisers that are not in there.
+a table for each machine, and goes on with the denoisers that this machine has not measured yet.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
     stack = ExitStack()
     try:
         if variant is None:
-            pipe.send({"methods": describe(setup), "hardware": hardware()})
+            pipe.send({"methods": describe(setup)})
             return
         execute, restart, said = ready_to_run(setup.case(), setup, variant, stack)
         restart()
@@ -431,7 +431,7 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
         for process in ready.values():
             process.end()
     said = [(variant, process.said) for variant, process in processes]
-    return {"hardware": described.said["hardware"], "variants": best_of_ways(setup.steps, methods, said, times)}
+    return {"hardware": hardware(device=setup.device), "variants": best_of_ways(setup.steps, methods, said, times)}
 
 
 def best_of_ways(
@@ -546,23 +546,32 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "peers.json"
     done = rows.opened(path, given, options.fresh)
     for name in options.denoisers:
-        if name in done:
+        key = f"{name} on {hardware(device=options.device)}"  # what was measured elsewhere is another result
+        if key in done:
             continue
         given_to_all = (options.steps, options.batch, options.device, options.dtype, options.backend)
         setup = Setup(name, *given_to_all, tuple(options.methods))
         result = measure(setup, options.repeats, options.jobs, options.patience)
-        rows.add(path, {"key": name, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
-    document = json.loads(path.read_text())
-    results = sorted(document["rows"], key=lambda row: list(BATCH).index(row["key"]))
-    pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
-    setting = (
-        f"{options.steps} steps, batches of pictures: {pictures}; {options.dtype}, backend {options.backend}, "
-        f"{results[0]['hardware']}; median of {options.repeats} interleaved rounds after one warm-up round, spread = "
-        "(max - min) / median."
-    )
-    text = f"# Peers\n\n{table(results)}\n\n{setting}\nMade by `python -m benchmarks.peers`.\n"
+        rows.add(path, {"key": key, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
+    text = document(json.loads(path.read_text()))
     write_whole(options.out / "peers.md", text)
     print(text)
+
+
+def document(found: dict[str, Any]) -> str:
+    """Markdown of ``peers.json``: a table for each machine, with what it was measured on."""
+    parts = ["# Peers"]
+    for machine in dict.fromkeys(row["hardware"] for row in found["rows"]):
+        results = [row for row in found["rows"] if row["hardware"] == machine]
+        results.sort(key=lambda row: list(BATCH).index(row["denoiser"]))
+        pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
+        setting = (
+            f"{machine}; {found['steps']} steps, batches of pictures: {pictures}; {found['dtype']}, backend {found['backend']}, "
+            f"{found['device']}; median of {found['repeats']} interleaved rounds after one warm-up round, spread = (max - min) / "
+            "median."
+        )
+        parts += [table(results), setting]
+    return "\n\n".join(parts) + "\nMade by `python -m benchmarks.peers`.\n"
 
 
 if __name__ == "__main__":
