@@ -566,9 +566,9 @@ def document(found: dict[str, Any]) -> str:
         results.sort(key=lambda row: list(BATCH).index(row["denoiser"]))
         pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
         setting = (
-            f"{machine}; {found['steps']} steps, batches of pictures: {pictures}; {found['dtype']}, backend {found['backend']}, "
-            f"{found['device']}; median of {found['repeats']} interleaved rounds after one warm-up round, spread = (max - min) / "
-            "median."
+            f"{machine}; {found['device']}, {found['dtype']}, backend {found['backend']}; {found['steps']} steps, "
+            f"batches of pictures: {pictures}; median of {found['repeats']} interleaved rounds after one warm-up round, "
+            "spread = (max - min) / median."
         )
         parts += [table(results), setting]
     return "\n\n".join(parts) + "\nMade by `python -m benchmarks.peers`.\n"

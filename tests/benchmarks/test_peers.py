@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskcompile as mc
-from benchmarks.cases import case, run
+from benchmarks.cases import case
 from benchmarks.peers import (
     ORIGINAL,
     SCHEDULES,
@@ -54,7 +54,7 @@ def small(name):
 
 @contextmanager
 def recorded(of):
-    """Yields a function that makes a run and says which linear and convolution layers ran at each step, by name."""
+    """Yields a function that makes a run: for each step the linear and convolution layers that ran, the MACs, the output."""
     layers = {n: m for n, m in of.denoiser.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     running = []
 
@@ -68,20 +68,50 @@ def recorded(of):
     for name, layer in layers.items():  # what caches put around a layer is then outside of this
         layer.forward = recording(name, layer.forward)
 
-    def layers_of_a_run():
+    def a_run():
         steps = []
         with torch.no_grad():
             for args, kwargs in of.calls:
                 running.clear()
-                of.denoiser(*args, **kwargs)
-                steps.append(set(running))
+                with FlopCounterMode(display=False) as counter:
+                    output = of.denoiser(*args, **kwargs)[0]
+                steps.append((set(running), counter.get_total_flops() // 2, output))
         return steps
 
     try:
-        yield layers_of_a_run
+        yield a_run
     finally:
         for layer in layers.values():
             del layer.forward
+
+
+def cached_runs(name, denoiser, settings, times):
+    """Steps of the original's run, and for each setting of that many runs, after a restart each.
+
+    Checked: after each setting, and after an interrupt, the denoiser is as it was found.
+    """
+    of = small(denoiser)
+
+    def attributes():
+        return [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()]
+
+    before = attributes()
+    with recorded(of) as a_run:
+        within, original, runs = attributes(), a_run(), []
+        for setting in settings:
+            with RIVALS[name].install(of, setting) as restart:
+                for _ in range(times):
+                    restart()
+                    runs.append(a_run())
+            assert attributes() == within
+        with pytest.raises(KeyboardInterrupt), RIVALS[name].install(of, settings[-1]):
+            raise KeyboardInterrupt
+        assert attributes() == within
+        for (layers, _, output), (layers_again, _, output_again) in zip(original, a_run(), strict=True):
+            assert layers_again == layers
+            assert torch.equal(output_again, output)
+    assert attributes() == before
+    return original, runs
 
 
 def skippable(name, denoiser):
@@ -99,69 +129,31 @@ def skippable(name, denoiser):
 
 @pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in STATIC])
 def test_a_static_cache_computes_at_the_steps_it_says(name, denoiser):
-    of = small(denoiser)
     setting, full = STATIC[name]
-    with recorded(of) as layers_of_a_run:
-        everything = layers_of_a_run()
-        with RIVALS[name].install(of, setting) as restart:
-            for _ in range(2):  # a run after a restart is as the first one
-                restart()
-                for step, ran in enumerate(layers_of_a_run()):
-                    left_out = everything[step] - ran
-                    expected = {layer for layer in everything[step] if re.fullmatch(skippable(name, denoiser), layer)}
-                    assert expected
-                    if step in full:
-                        assert not left_out, step
-                    elif name == "deepcache":  # and part of the outermost level
-                        assert expected <= left_out, step
-                    else:
-                        assert left_out == expected, step
-
-
-@pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in STATIC])
-def test_the_share_is_that_of_the_layers_that_run(name, denoiser):
-    """MACs of the steps one by one: a full step costs the original's, every other the same, and less."""
-    of = small(denoiser)
-    setting, full = STATIC[name]
-    whole = macs(of, Variant(ORIGINAL)) / STEPS
-    counted = []
-    with RIVALS[name].install(of, setting) as restart, torch.no_grad():
-        restart()
-        for args, kwargs in of.calls:
-            with FlopCounterMode(display=False) as counter:
-                of.denoiser(*args, **kwargs)
-            counted.append(counter.get_total_flops() // 2)
-    assert {step for step, cost in enumerate(counted) if cost == whole} == full
-    assert len({cost for cost in counted if cost != whole}) == 1
-    assert max(cost for cost in counted) == whole
-    assert macs(of, Variant(name, setting)) == sum(counted)
+    original, runs = cached_runs(name, denoiser, [setting], 2)  # a run after a restart is as the first one
+    for cached in runs:
+        for step, ((layers, whole, expected), (ran, cost, output)) in enumerate(zip(original, cached, strict=True)):
+            skipped = {layer for layer in layers if re.fullmatch(skippable(name, denoiser), layer)}
+            assert skipped
+            assert (cost == whole) == torch.equal(output, expected) == (step in full), step
+            assert cost <= whole
+            if step in full:
+                assert ran == layers, step
+            elif name == "deepcache":  # and part of the outermost level
+                assert skipped <= layers - ran, step
+            else:
+                assert layers - ran == skipped, step
+        assert len({cost for step, (_, cost, _) in enumerate(cached) if step not in full}) == 1
+    assert macs(small(denoiser), Variant(name, setting)) == sum(cost for _, cost, _ in runs[0])
 
 
 @pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in DYNAMIC])
 def test_a_threshold_decides_how_many_steps_are_computed(name, denoiser):
-    of = small(denoiser)
-    whole = macs(of, Variant(ORIGINAL))
-    low, middle, high = (macs(of, Variant(name, threshold)) / whole for threshold in (1e-6, 0.3, 0.999))
-    assert low == 1.0
-    assert low >= middle >= high
-    assert high < 0.8
-
-
-@pytest.mark.parametrize(("name", "denoiser"), pairs)
-def test_the_denoiser_is_left_as_it_was_found(name, denoiser):
-    of = small(denoiser)
-    before = [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()]
-    setting = STATIC[name][0] if name in STATIC else 0.9
-    expected = run(of, of.denoiser)
-    with RIVALS[name].install(of, setting) as restart:
-        restart()
-        cached = run(of, of.denoiser)
-    assert any(not torch.equal(a, b) for a, b in zip(cached, expected, strict=True))
-    assert [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()] == before
-    assert all(torch.equal(a, b) for a, b in zip(run(of, of.denoiser), expected, strict=True))
-    with pytest.raises(KeyboardInterrupt), RIVALS[name].install(of, setting):
-        raise KeyboardInterrupt
-    assert [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()] == before
+    original, runs = cached_runs(name, denoiser, [1e-6, 0.999], 1)
+    whole, low, high = (sum(cost for _, cost, _ in steps) for steps in (original, *runs))
+    assert low == whole
+    assert high < 0.8 * whole
+    assert any(not torch.equal(output, expected) for (_, _, output), (_, _, expected) in zip(runs[1], original, strict=True))
 
 
 @pytest.mark.parametrize(("method", "denoiser"), [("hold", "unet"), ("linear", "dit"), ("attention", "dit")])
