@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import numpy as np
@@ -12,25 +12,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskcompile as mc
+from benchmarks import peers, rivals
 from benchmarks.cases import case
 from benchmarks.peers import (
     ORIGINAL,
     SCHEDULES,
     Setup,
     Variant,
+    best_of_ways,
+    compilations,
+    differing,
+    document,
     installed,
     kept_bytes,
     label,
     macs,
+    measure,
     nearest,
     our_mask,
+    ready_to_run,
     table,
     traced,
     tuned,
 )
 from benchmarks.rivals import BLOCKS, RIVALS, evenly
+from benchmarks.timing import Timing, hardware
 
 STEPS = 6
+#: what the caption says of a file of results
+SETTINGS = ("steps", "device", "dtype", "backend", "repeats")
 #: static rival -> a setting, and the steps at which it computes everything
 STATIC = {
     "deepcache": (2, {0, 2, 4}),
@@ -210,8 +220,6 @@ def test_what_is_kept_between_steps():
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    from benchmarks import peers, rivals
-
     monkeypatch.setattr(rivals, "find_spec", lambda name: None)
     monkeypatch.setattr(peers, "OURS", {"hold": "maskcompile"})
     found = peers.describe(Setup("unet", 2, 1, "cpu", "float32", "eager"))
@@ -219,6 +227,103 @@ def test_what_is_missing_is_said(monkeypatch):
     assert [row["method"] for row in missing] == [name for name, rival in RIVALS.items() if "unet" in rival.denoisers]
     text = table([{"denoiser": "unet", "variants": missing}])
     assert "DeepCache package, eager, not run: DeepCache is not installed" in text
+
+
+def test_all_of_it():
+    """In processes, uncompiled. Of three steps the second is held: TaylorSeer has seen one step then, and holds as ours does."""
+    result = measure(Setup("dit", 3, 1, "cpu", "float32", "eager", ("taylorseer",)), repeats=1, jobs=2, patience=300)
+    found = {(row["method"], row["compiled"]): row for row in result["variants"]}
+    asked = [(ORIGINAL, ""), (ORIGINAL, "default"), ("hold", "default"), ("taylorseer", ""), ("taylorseer", "default")]
+    assert list(found) == asked
+    assert not any("error" in row for row in found.values())
+    assert [found[key]["how"] for key in asked[:4]] == ["eager", "fullgraph", "regions", "eager"]
+    ours, rival = found["hold", "default"], found["taylorseer", "default"]
+    assert rival["how"] in ("graph breaks", "blocks")  # and the other ways are named
+    assert [attempt.partition(":")[0] for attempt in rival["attempts"]] == [
+        way for way in ("fullgraph", "graph breaks", "blocks") if way != rival["how"]
+    ]
+    assert rival["setting"] == 2
+    assert rival["share"] == pytest.approx(ours["share"])
+    assert rival["psnr"] == pytest.approx(ours["psnr"], abs=1e-3)
+    for row in (ours, rival):
+        assert row["realised_share"] == pytest.approx(row["over_compiled"] * row["share"])
+    text = document({"rows": [{"denoiser": "dit", "pictures": 1, **result}], **dict.fromkeys(SETTINGS, "")})
+    assert f"TaylorSeer hook, order 1, interval 2 | {rival['how']} | {rival['share']:.1%} |" in text
+    assert hardware() in text
+
+
+def test_machines_have_tables_of_their_own():
+    row = {"method": ORIGINAL, "compiled": "", "how": "eager", "over_eager": 1.0, "over_compiled": 0.5}
+    machines = {"unet": "one machine", "dit": "another", "sd": "one machine"}
+    results = [{"denoiser": n, "pictures": 2, "hardware": h, "variants": [row]} for n, h in machines.items()]
+    first, second = document({"rows": results, **dict.fromkeys(SETTINGS, "")}).split("another")[0].split("one machine")
+    assert ("| unet |" in first, "| sd |" in first, "| dit |" in first) == (True, True, False)
+    assert "| dit |" in second
+
+
+def test_a_wrong_result_of_ours_is_rejected(monkeypatch):
+    of, variant, right = small("dit"), Variant("hold", compiled="default", how="regions"), peers.optimised
+
+    def optimised(of, method, backend, **options):
+        fast = right(of, method, "eager")
+
+        def wrong(*args, **kwargs):
+            output = fast(*args, **kwargs)[0]
+            return (output + 0.02 * output.abs().max(),)
+
+        wrong.reset = fast.reset
+        return wrong if backend == "wrong" else fast
+
+    monkeypatch.setattr(peers, "optimised", optimised)
+    with ExitStack() as stack:
+        _, _, said = ready_to_run(of, Setup("dit", STEPS, 1, "cpu", "float32", "eager"), variant, stack)
+        assert said["note"] is None
+        with pytest.raises(ValueError, match=r"^its results are 0\.0[12]\d* of the largest number away"):
+            ready_to_run(of, Setup("dit", STEPS, 1, "cpu", "float32", "wrong"), variant, stack)
+
+
+def test_only_what_decides_by_content_may_differ():
+    expected = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.0])]
+    near, far, broken = ([expected[0], expected[1] + off] for off in (0.019, 0.1, float("nan")))
+    for method in (ORIGINAL, "hold", *RIVALS):
+        assert differing(Variant(method), near, expected) is None
+        with pytest.raises(ValueError, match="nan of the largest number"):
+            differing(Variant(method), broken, expected)
+        if method in DYNAMIC:
+            assert "0.05 of the largest number away" in differing(Variant(method), far, expected)
+        else:
+            with pytest.raises(ValueError, match=r"0\.05 of the largest number away"):
+                differing(Variant(method), far, expected)
+
+
+def test_the_best_of_the_ways_is_the_row():
+    said = [(Variant(ORIGINAL), {}), (Variant(ORIGINAL, 0, "default", "fullgraph"), {"compile_s": 5.0})]
+    said += [(Variant("fbc", 0.1, "default", how), {"compile_s": 1.0}) for how in ("graph breaks", "blocks")]
+    said[-1][1]["note"] = "its results differ"
+    said += [(Variant("fbc", 0.1, "default", "fullgraph"), {"error": "Unsupported"}), (Variant("fbc", 0.1), {"error": "none"})]
+    seconds = {said[0][0]: (8.0, 8.0), said[1][0]: (4.0, 4.0), said[2][0]: (4.0, 2.0), said[3][0]: (1.0, 2.0)}
+    times = {variant.label: Timing(taken) for variant, taken in seconds.items()}
+    methods = {ORIGINAL: {"method": ORIGINAL, "share": 1.0}, "fbc": {"method": "fbc", "share": 0.5, "setting": 0.1}}
+    _, original, rival, failed = best_of_ways(10, methods, said, times)
+    assert (original["over_eager"], original["over_compiled"], original["realised_share"]) == (2.0, 1.0, None)
+    assert (rival["how"], rival["ms"], rival["over_compiled"], rival["realised_share"]) == ("blocks", 150.0, 3.0, 1.5)
+    assert rival["attempts"] == [
+        "fullgraph: Unsupported", "graph breaks: slower, 300.0 ms a step (spread 67%)", "blocks: its results differ"
+    ]  # fmt: skip
+    assert failed["error"] == "eager: none"
+    with pytest.raises(RuntimeError, match="the original did not run: no memory"):
+        best_of_ways(10, methods, [(Variant(ORIGINAL), {"error": "no memory"})], {})
+
+
+def test_cuda_graphs_are_compared_with_cuda_graphs():
+    gpu, cpu, eager = (Setup("dit", 2, 1, *where) for where in (
+        ("cuda", "bfloat16", "inductor"), ("cpu", "float32", "inductor"), ("cuda", "bfloat16", "eager")
+    ))  # fmt: skip
+    assert compilations(gpu, ORIGINAL) == ("", "default", "reduce-overhead", "max-autotune")
+    assert compilations(gpu, "hold") == ("default", "reduce-overhead", "max-autotune")
+    assert compilations(gpu, "taylorseer") == ("", "default", "reduce-overhead")
+    for setup in (cpu, eager):
+        assert [compilations(setup, m) for m in (ORIGINAL, "hold", "fbc")] == [("", "default"), ("default",), ("", "default")]
 
 
 def test_the_table_names_what_ran():
