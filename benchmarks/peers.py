@@ -43,14 +43,13 @@ from tqdm import tqdm
 import maskcompile as mc
 from benchmarks import rows
 from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
+from benchmarks.masks import SCHEDULES, Choice
 from benchmarks.rivals import RIVALS, Restart, Setting, as_found
 from benchmarks.timing import Timing, hardware, interleaved, ratio, synchronise
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
-#: denoiser -> the schedule of our mask, and its interval
-SCHEDULES = {"dit": ("uniform", 2), "unet": ("deepcache", 2), "sd": ("deepcache", 2), "flux": ("uniform", 2)}
 ORIGINAL = "original"
 #: our variants: the schedule held, extrapolated, and attention alone at the schedule's interval, which is what PAB reuses
 OURS = {"hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone"}
@@ -103,16 +102,13 @@ def traced(of: Case) -> mc.Program:
 
 
 def our_mask(of: Case, program: mc.Program, method: str) -> mc.Mask:
-    """The mask of one of ``OURS``."""
-    schedule, interval = SCHEDULES[of.name]
-    log_snr = mc.log_snr(of.scheduler) if method == "linear" else None
-    reuse = "linear" if method == "linear" else "hold"
+    """The mask of one of ``OURS``: the first schedule of ``benchmarks.masks`` for the denoiser."""
+    choice = Choice(*SCHEDULES[of.name][0])
     if method == "attention":
         attention = np.array([".attn" in name for name in program.names])
-        compute = (np.arange(of.steps) % interval == 0)[:, None] | ~attention[None, :]
+        compute = (np.arange(of.steps) % choice.interval == 0)[:, None] | ~attention[None, :]
         return mc.Mask(compute, blocks=program.names, timesteps=of.timesteps)
-    mask: mc.Mask = getattr(mc.schedules, schedule)(program, of.timesteps, interval, reuse=reuse, log_snr=log_snr)
-    return mask
+    return replace(choice, reuse=method).mask(program, of)
 
 
 def optimised(of: Case, method: str, backend: str, **options: Any) -> mc.OptimizedDenoiser:
@@ -483,11 +479,10 @@ def best_of_ways(
 def label(denoiser: str, row: dict[str, Any]) -> str:
     """The method with what it was set to."""
     method = row["method"]
-    schedule, interval = SCHEDULES[denoiser]
     if method == ORIGINAL:
         return ORIGINAL
     if method in OURS:
-        return f"**{OURS[method]}**" + ("" if method == "attention" else f", {schedule}(interval={interval})")
+        return f"**{OURS[method]}**" + ("" if method == "attention" else f", {Choice(*SCHEDULES[denoiser][0]).label}")
     if "setting" not in row:
         return RIVALS[method].label
     setting = row["setting"]

@@ -146,7 +146,6 @@ class Samplers:
     def draw(self, trial: Trial, count: int) -> Iterator[Tensor]:
         """Pictures of the trial, a batch at a time."""
         t = self.task(trial.denoiser, trial.steps, trial.solver)
-        denoiser: Callable[..., Any]
         if trial.hook is not None:
             assert trial.choice is not None
             denoiser = load(trial.denoiser)[0]
