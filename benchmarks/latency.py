@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     rule = [row for name in options.denoisers for row in rule_cost(name, options.batch, 20 * options.repeats, options.backend)]
     setting = (
         f"{options.steps} steps, batch {options.batch} pictures, float32, backend {options.backend}, static shapes; "
-        f"{hardware()}; "
+        f"{hardware(device='cpu')}; "
         f"median of {options.repeats} interleaved rounds after one warm-up round, spread = (max - min) / median."
     )
     tables = f"{table(rows)}\n\nWhat extrapolating costs:\n\n{rule_table(rule)}"
