@@ -20,10 +20,7 @@ from diffusers import (
 from torch import Tensor
 
 from benchmarks.reference import load
-from benchmarks.sampling import labels, noise, psnr, with_solver
-
-#: positional and keyword arguments of one denoiser call
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from benchmarks.sampling import Call, denoise, labels, noise, psnr, with_solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +111,10 @@ def case(name: str, steps: int, batch: int | None = None, device: str = "cpu", d
     return Case(**{**vars(unrecorded), "calls": tuple(recorded)})
 
 
-@torch.no_grad()
 def sample(of: Case, denoiser: Callable[..., Any]) -> Tensor:
     """The result of a sampling run by ``denoiser`` from the start of the case."""
-    x = of.start
     of.scheduler._step_index = None  # flow matching counts its steps
-    for timestep in of.scheduler.timesteps:
-        args, kwargs = of.call(x, timestep)
-        x = of.scheduler.step(denoiser(*args, **kwargs)[0], timestep, x, return_dict=False)[0].to(of.start.dtype)
-    return x
+    return denoise(of.scheduler, denoiser, of.call, of.start)
 
 
 def likeness(pictures: Tensor, original: Tensor) -> float:

@@ -14,6 +14,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor
 
 import maskcompile as mc
-from benchmarks import taylorseer
 from benchmarks.masks import SCHEDULES, Choice, choices
 from benchmarks.reference import load
+from benchmarks.rivals import BLOCKS, taylorseer_hook
 from benchmarks.sampling import Task, task
 from benchmarks.timing import difference, hardware, interleaved, ratio
 from maskcompile.files import write_whole
@@ -71,12 +72,13 @@ def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> li
     prepare: dict[str, Callable[[], Any]] = {
         label: partial(take_mask, fast_whole if label in whole else fast, mask, t, batch) for label, mask in masks.items()
     }
-    if name == "dit":
-        for interval, order in product((2, 3, 4), (1, 2)):
-            hooked = taylorseer.hooked(load(name)[0], interval, order)
+    with ExitStack() as hooks:
+        for interval, order in product((2, 3, 4), (1, 2)) if name == "dit" else ():
+            hooked = load(name)[0]
             label = f"TaylorSeer hook, order {order}, uniform(interval={interval})"
-            runs[label], prepare[label] = run_of(t, hooked, batch), partial(taylorseer.restart, hooked)
-    times = interleaved(runs, repeats, prepare=prepare)
+            prepare[label] = hooks.enter_context(taylorseer_hook(hooked, BLOCKS[name], interval, order))
+            runs[label] = run_of(t, hooked, batch)
+        times = interleaved(runs, repeats, prepare=prepare)
     rows = []
     for label, timing in times.items():
         share = mc.cost(program, masks[label]).share if label in masks else None
@@ -174,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     rule = [row for name in options.denoisers for row in rule_cost(name, options.batch, 20 * options.repeats, options.backend)]
     setting = (
         f"{options.steps} steps, batch {options.batch} pictures, float32, backend {options.backend}, static shapes; "
-        f"{hardware()}; "
+        f"{hardware(device='cpu')}; "
         f"median of {options.repeats} interleaved rounds after one warm-up round, spread = (max - min) / median."
     )
     tables = f"{table(rows)}\n\nWhat extrapolating costs:\n\n{rule_table(rule)}"

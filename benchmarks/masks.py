@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from itertools import product
 
 import maskcompile as mc
+from benchmarks.cases import Case
 from benchmarks.sampling import Task
 
-#: denoiser -> (schedule, interval)
+#: denoiser -> (schedule, interval); with the first of them other caches are compared
 SCHEDULES = {
     "unet": [("deepcache", 2), ("deepcache", 3), ("deepcache", 5), ("uniform", 2), ("uniform", 3)],
     "dit": [("uniform", 2), ("uniform", 3), ("uniform", 4)],
+    "sd": [("deepcache", 2)],
+    "flux": [("uniform", 2)],
 }
 #: "linear by step" measures distances along the step index alone, as if the log-SNR were not known.
 RULES = ("hold", "linear", "linear by step")
@@ -32,9 +35,9 @@ class Choice:
         warmup = f", warmup={self.warmup}" if self.warmup > 1 else ""
         return f"{self.schedule}(interval={self.interval}{warmup})"
 
-    def mask(self, program: mc.Program, t: Task) -> mc.Mask:
-        """The mask for the timesteps of a task."""
-        log_snr = mc.log_snr(t.scheduler, t.timesteps) if self.reuse == "linear" else None
+    def mask(self, program: mc.Program, t: Task | Case) -> mc.Mask:
+        """The mask for the timesteps of a task, which are all of its scheduler's."""
+        log_snr = mc.log_snr(t.scheduler) if self.reuse == "linear" else None
         schedule = getattr(mc.schedules, self.schedule)
         rule = self.reuse.split()[0]
         mask: mc.Mask = schedule(program, t.timesteps, interval=self.interval, warmup=self.warmup, reuse=rule, log_snr=log_snr)

@@ -2,15 +2,17 @@
 
 For each denoiser of ``benchmarks.cases`` a published schedule as our mask, and every cache of ``benchmarks.rivals`` that knows
 the denoiser, its interval, number of full steps or threshold chosen so that the MACs it runs, counted over an eager run, come
-nearest to the mask's. Each runs eager, and under ``torch.compile`` in the fastest way that gives the results of its eager run:
-the whole denoiser with ``fullgraph=True``, or with graph breaks, or the blocks alone that it puts its cache around. What is
-timed are the denoiser's calls of one sampling run of the original. Each variant lives in a process of its own, with empty
-compiler caches, and the processes take turns.
+nearest to the mask's. Each runs eager, and under ``torch.compile`` in every way that gives the results of its eager run, ours
+too: the whole denoiser with ``fullgraph=True``, or else with graph breaks, and the blocks alone that it puts its cache around.
+What is timed are the denoiser's calls of one sampling run of the original. Each way lives in a process of its own, with empty
+compiler caches, and the processes take turns; the table shows the fastest way, and lists the others. A cache that decides by
+content is kept also where its compiled results differ, with a line that says so. CUDA graphs, ours or Inductor's, are used in
+the rows that name their mode, and in no others.
 
 The realised share is (speed-up over the original, eager or compiled alike) / (MACs before / MACs after). Compiling is measured
 in processor seconds: those of a whole first run, less those of a later one. What is kept is the most that tensors hold between
 steps. PSNR is that of a sampling run to the original's, where the denoiser is trained. Writes ``peers.json`` and ``peers.md``,
-and goes on with the denoisers that are not in there.
+a table for each machine, and goes on with the denoisers that this machine has not measured yet.
 """
 
 from __future__ import annotations
@@ -22,12 +24,11 @@ import multiprocessing
 import os
 import re
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,23 +36,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import maskcompile as mc
 from benchmarks import rows
 from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
+from benchmarks.masks import SCHEDULES, Choice
 from benchmarks.rivals import RIVALS, Restart, Setting, as_found
-from benchmarks.timing import hardware, interleaved, ratio
+from benchmarks.timing import Timing, hardware, interleaved, ratio, synchronise
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
-#: denoiser -> the schedule of our mask, and its interval
-SCHEDULES = {"dit": ("uniform", 2), "unet": ("deepcache", 2), "sd": ("deepcache", 2), "flux": ("uniform", 2)}
 ORIGINAL = "original"
 #: our variants: the schedule held, extrapolated, and attention alone at the schedule's interval, which is what PAB reuses
 OURS = {"hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone"}
+#: modes of ``torch.compile`` that record CUDA graphs; ours records its own in the rows compared with these, and in no other
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 #: thresholds to choose from
 THRESHOLDS = tuple(float(t) for t in np.geomspace(0.001, 0.999, 60))
 #: how far a compiled run may be from the eager one, of the largest number of the outputs
@@ -76,15 +79,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class Variant:
-    """method: ``ORIGINAL``, of ``OURS`` or of ``RIVALS``. compiled: "" is eager; else what ``torch.compile`` is asked for."""
+    """method: ``ORIGINAL``, of ``OURS`` or of ``RIVALS``. compiled: "" is eager; else what ``torch.compile`` is asked for.
+
+    how: "regions" for ours; "fullgraph", "graph breaks", or "blocks": what a rival puts its cache around is compiled first,
+    and its decisions are left to Python.
+    """
 
     method: str
     setting: Setting = 0
     compiled: str = ""
+    how: str = "eager"
 
     @property
     def label(self) -> str:
-        return f"{self.method}/{self.compiled}"
+        return f"{self.method}/{self.compiled}/{self.how}"
 
 
 @cache
@@ -94,16 +102,13 @@ def traced(of: Case) -> mc.Program:
 
 
 def our_mask(of: Case, program: mc.Program, method: str) -> mc.Mask:
-    """The mask of one of ``OURS``."""
-    schedule, interval = SCHEDULES[of.name]
-    log_snr = mc.log_snr(of.scheduler) if method == "linear" else None
-    reuse = "linear" if method == "linear" else "hold"
+    """The mask of one of ``OURS``: the first schedule of ``benchmarks.masks`` for the denoiser."""
+    choice = Choice(*SCHEDULES[of.name][0])
     if method == "attention":
         attention = np.array([".attn" in name for name in program.names])
-        compute = (np.arange(of.steps) % interval == 0)[:, None] | ~attention[None, :]
+        compute = (np.arange(of.steps) % choice.interval == 0)[:, None] | ~attention[None, :]
         return mc.Mask(compute, blocks=program.names, timesteps=of.timesteps)
-    mask: mc.Mask = getattr(mc.schedules, schedule)(program, of.timesteps, interval, reuse=reuse, log_snr=log_snr)
-    return mask
+    return replace(choice, reuse=method).mask(program, of)
 
 
 def optimised(of: Case, method: str, backend: str, **options: Any) -> mc.OptimizedDenoiser:
@@ -235,16 +240,10 @@ def processor_seconds() -> float:
 
 
 @contextmanager
-def compiled(
-    of: Case, variant: Variant, how: str, backend: str, options: dict[str, Any]
-) -> Iterator[tuple[Callable[..., Any], Restart]]:
-    """(what to call, how to begin another run) of the variant under ``torch.compile``.
-
-    how: "fullgraph", "graph breaks", or "blocks": what a rival puts its cache around is compiled first, and its decisions are
-    left to Python.
-    """
+def compiled(of: Case, variant: Variant, backend: str, options: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], Restart]]:
+    """(what to call, how to begin another run) of the original or a rival under ``torch.compile``."""
     uncompiled = Variant(variant.method, variant.setting)
-    if how == "blocks":
+    if variant.how == "blocks":
         with as_found(of.denoiser):
             for name, module in of.denoiser.named_modules():
                 if re.fullmatch(RIVALS[variant.method].wraps[of.name], name):
@@ -253,27 +252,30 @@ def compiled(
                 yield found
     else:
         with installed(of, uncompiled) as (denoiser, restart):
-            yield torch.compile(denoiser, fullgraph=how == "fullgraph", backend=backend, **options), restart
+            yield torch.compile(denoiser, fullgraph=variant.how == "fullgraph", backend=backend, **options), restart
 
 
-def survives(of: Case, denoiser: Callable[..., Any], restart: Restart, expected: list[Tensor]) -> tuple[float, float]:
-    """(processor seconds of the first run, seconds of a later one). Raises ValueError where results are not those expected."""
-    start = processor_seconds()
-    restart()
-    outputs = run(of, denoiser)
-    first = processor_seconds() - start
-    restart()
-    outputs += run(of, denoiser)
+def differing(variant: Variant, outputs: list[Tensor], expected: list[Tensor]) -> str | None:
+    """How far results are from those expected, where it is more than what compiling may change; None where it is not.
+
+    A cache that decides by content may come to other decisions when it is compiled, and is kept. Raises ValueError for all
+    others, and for numbers that are not finite.
+    """
     largest = max(float(x.abs().max()) for x in expected)
-    apart = max(float((a - b).abs().max()) for a, b in zip(outputs, expected * 2, strict=True)) / largest
-    if not apart < TOLERANCE[expected[0].dtype]:
-        raise ValueError(f"its results are {apart:.2g} of the largest number away from those of its eager run")
-    restart()
-    _synchronise()
-    begin = time.perf_counter()
-    calls(of, denoiser)
-    _synchronise()
-    return first, time.perf_counter() - begin
+    apart = float(np.max([float((a - b).abs().max()) for a, b in zip(outputs, expected, strict=True)])) / largest
+    if apart < TOLERANCE[expected[0].dtype]:
+        return None
+    said = f"its results are {apart:.2g} of the largest number away from those of its eager run"
+    if variant.method in RIVALS and RIVALS[variant.method].settings is None and np.isfinite(apart):
+        return f"{said}; it decides by content, and is kept"
+    raise ValueError(said)
+
+
+def eager_results(of: Case, variant: Variant) -> list[Tensor]:
+    """The outputs of a run of the variant uncompiled."""
+    with installed(of, Variant(variant.method, variant.setting)) as (denoiser, restart):
+        restart()
+        return run(of, denoiser)
 
 
 def ready_to_run(
@@ -281,59 +283,40 @@ def ready_to_run(
 ) -> tuple[Callable[[], Any], Restart, dict[str, Any]]:
     """(a run, how to begin another, what is to be said of the compilation), until the stack is left.
 
-    Of the ways of compiling that give the results of an eager run, the fastest. Raises RuntimeError where there is none.
+    Raises ValueError where two runs do not give the results of an eager one; see ``differing``.
     """
-    options: dict[str, Any] = {} if variant.compiled in ("", "default") else {"mode": variant.compiled}
-    if variant.method in OURS:
-        start = processor_seconds()  # the capture is a part of it, once for the schedule and for ``optimize``
-        fast = optimised(of, variant.method, setup.backend, **options)
-        calls(of, fast)
-        first = processor_seconds() - start
-        return partial(calls, of, fast), fast.reset, {"how": "regions", "first_s": first, "attempts": []}
-    with installed(of, Variant(variant.method, variant.setting)) as (denoiser, restart):
-        restart()
-        expected = run(of, denoiser)
     if not variant.compiled:
         denoiser, restart = stack.enter_context(installed(of, variant))
-        return partial(calls, of, denoiser), restart, {"how": "eager", "attempts": []}
-    attempts: list[str] = []
-    seconds: dict[str, tuple[float, float]] = {}
-    for how in ("fullgraph", "graph breaks", "blocks"):
-        if (how == "graph breaks" and "fullgraph" in seconds) or (how == "blocks" and variant.method == ORIGINAL):
-            continue
-        torch.compiler.reset()
-        trial = ExitStack()
-        try:
-            denoiser, restart = trial.enter_context(compiled(of, variant, how, setup.backend, options))
-            seconds[how] = survives(of, denoiser, restart, expected)
-        except Exception as error:
-            attempts.append(f"{how}: {one_line(error)}")
-        finally:
-            trial.close()
-    if not seconds:
-        raise RuntimeError("; ".join(attempts))
-    best = min(seconds, key=lambda how: seconds[how][1])
-    attempts += [
-        f"{how}: slower, {1000 * slower / of.steps:.1f} ms a step in one run against {1000 * seconds[best][1] / of.steps:.1f}"
-        for how, (_, slower) in seconds.items()
-        if how != best
-    ]
-    torch.compiler.reset()
-    denoiser, restart = stack.enter_context(compiled(of, variant, best, setup.backend, options))
+        return partial(calls, of, denoiser), restart, {}
+    options: dict[str, Any] = {} if variant.compiled == "default" else {"mode": variant.compiled}
+    if variant.method in OURS:
+        start = processor_seconds()  # the capture is a part of it, once for the schedule and for ``optimize``
+        fast = optimised(of, variant.method, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
+        denoiser, restart, expected = fast, fast.reset, None
+    else:
+        expected = eager_results(of, variant)
+        denoiser, restart = stack.enter_context(compiled(of, variant, setup.backend, options))
+        start = processor_seconds()
     restart()
-    calls(of, denoiser)
-    return partial(calls, of, denoiser), restart, {"how": best, "first_s": seconds[best][0], "attempts": attempts}
+    outputs = run(of, denoiser)
+    first = processor_seconds() - start
+    restart()
+    outputs += run(of, denoiser)
+    if expected is None:  # not before, lest the capture be done already
+        expected = eager_results(of, variant)
+    return partial(calls, of, denoiser), restart, {"first_s": first, "note": differing(variant, outputs, expected * 2)}
 
 
 def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads: int) -> None:
     """In a process of its own: make the variant ready, then run it whenever told to. No variant: describe them all."""
-    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    inductor.compile_threads = 1  # its environment variable was read when the server of processes imported it
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     stack = ExitStack()
     try:
         if variant is None:
-            pipe.send({"methods": describe(setup), "hardware": hardware()})
+            pipe.send({"methods": describe(setup)})
             return
         execute, restart, said = ready_to_run(setup.case(), setup, variant, stack)
         restart()
@@ -343,21 +326,16 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
         pipe.send(said)
         while pipe.recv():
             restart()
-            _synchronise()
+            synchronise()
             pipe.send(True)
             pipe.recv()
             execute()
-            _synchronise()
+            synchronise()
             pipe.send(True)
     except EOFError:  # the other side has ended
         return
     except Exception as error:
-        pipe.send({"error": str(error) if type(error) is RuntimeError else one_line(error)})
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        pipe.send({"error": one_line(error)})
 
 
 class Process:
@@ -394,12 +372,31 @@ class Process:
         self.folder.cleanup()
 
 
-def compilations(device: str, method: str) -> tuple[str, ...]:
-    """The ways in which a method is run: rivals uncompiled and by default, the original and ours also as CUDA graphs."""
-    own = ("default", "max-autotune", "reduce-overhead") if device == "cuda" else ("default",)
-    if method == ORIGINAL:
-        return ("", *own)
-    return own if method in OURS else ("", "default")
+def compilations(setup: Setup, method: str) -> tuple[str, ...]:
+    """What a method is compiled as: "" for not at all, the default, and on CUDA Inductor's modes with CUDA graphs."""
+    graphs = tuple(CUDA_GRAPHS) if setup.device.startswith("cuda") and setup.backend == "inductor" else ()
+    if method in OURS:
+        return ("default", *graphs)
+    # Rivals are many and autotuning is slow: of these modes they get the one that is for launches alone.
+    return ("", "default", *(graphs if method == ORIGINAL else graphs[:1]))
+
+
+def ways(variant: Variant) -> list[Variant]:
+    """The ways of compiling that are tried; "graph breaks" only where "fullgraph" fails."""
+    if not variant.compiled:
+        return [variant]
+    if variant.method in OURS:
+        return [replace(variant, how="regions")]
+    hows = ("fullgraph",) if variant.method == ORIGINAL else ("fullgraph", "blocks")
+    return [replace(variant, how=how) for how in hows]
+
+
+def begun(setup: Setup, patience: float, threads: int, variant: Variant) -> list[tuple[Variant, Process]]:
+    """The variant in its process; where it cannot be compiled without graph breaks, also with them."""
+    found = [(variant, Process(setup, variant, patience, threads))]
+    if variant.how == "fullgraph" and "error" in found[0][1].said:
+        found += begun(setup, patience, threads, replace(variant, how="graph breaks"))
+    return found
 
 
 def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str, Any]:
@@ -411,16 +408,17 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
     described.end()
     methods = {m["method"]: m for m in described.said["methods"]}
     variants = [
-        Variant(name, m["setting"], way)
+        way
         for name, m in methods.items()
         if "error" not in m
-        for way in compilations(setup.device, name)
+        for mode in compilations(setup, name)
+        for way in ways(Variant(name, m["setting"], mode))
     ]
     with ThreadPoolExecutor(jobs) as pool:
-        started = pool.map(lambda variant: Process(setup, variant, patience, threads), variants)
+        started = pool.map(partial(begun, setup, patience, threads), variants)
         progress = tqdm(started, total=len(variants), desc=f"{setup.denoiser}: compiling", leave=False, disable=None)
-        processes = list(progress)
-    ready = {variant: process for variant, process in zip(variants, processes, strict=True) if "error" not in process.said}
+        processes = [pair for pairs in progress for pair in pairs]
+    ready = {variant: process for variant, process in processes if "error" not in process.said}
     try:
         times = interleaved(
             {v.label: p.run for v, p in ready.items()}, repeats, prepare={v.label: p.prepare for v, p in ready.items()}
@@ -428,19 +426,51 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
     finally:
         for process in ready.values():
             process.end()
-    measured = []
-    eager, by_default = Variant(ORIGINAL).label, Variant(ORIGINAL, compiled="default").label
-    for variant, process in zip(variants, processes, strict=True):
-        row = {"method": variant.method, "compiled": variant.compiled, **methods[variant.method], **process.said}
-        if (timing := times.get(variant.label)) is not None:
-            row |= {"ms": 1000 * timing.median / setup.steps, "spread": timing.spread}
-            row["over_eager"] = ratio(times[eager], timing)
-            row["over_compiled"] = ratio(times[by_default], timing) if by_default in times else None
-            alike = times.get(Variant(ORIGINAL, compiled=variant.compiled).label)
-            row["realised_share"] = ratio(alike, timing) * row["share"] if alike and variant.method != ORIGINAL else None
-        measured.append(row)
-    measured += [m for m in methods.values() if "error" in m]
-    return {"hardware": described.said["hardware"], "variants": measured}
+    said = [(variant, process.said) for variant, process in processes]
+    return {"hardware": hardware(device=setup.device), "variants": best_of_ways(setup.steps, methods, said, times)}
+
+
+def best_of_ways(
+    steps: int, methods: dict[str, dict[str, Any]], said: list[tuple[Variant, dict[str, Any]]], times: dict[str, Timing]
+) -> list[dict[str, Any]]:
+    """A row for each method as it is compiled, of the fastest way; the other ways, and what is to be said, in its attempts.
+
+    said: what each variant's process said. times: by the labels of the variants that ran.
+
+    Raises RuntimeError where the original itself did not run.
+    """
+    ran: dict[tuple[str, str], list[Variant]] = {}
+    for variant, _ in said:
+        ran.setdefault((variant.method, variant.compiled), [])
+        if variant.label in times:
+            ran[variant.method, variant.compiled].append(variant)
+    best = {key: min(found, key=lambda v: times[v.label].median) for key, found in ran.items() if found}
+    if (ORIGINAL, "") not in best:
+        raise RuntimeError(f"the original did not run: {'; '.join(s['error'] for v, s in said if v == Variant(ORIGINAL))}.")
+    rows = []
+    for (method, mode), found in ran.items():
+        row = {**methods[method], "compiled": mode}
+        tried = [(v, s) for v, s in said if (v.method, v.compiled) == (method, mode)]
+        failed = [f"{v.how}: {s['error']}" for v, s in tried if "error" in s]
+        if not found:
+            rows.append({**row, "error": "; ".join(failed)})
+            continue
+        fastest = best[method, mode]
+        timing = times[fastest.label]
+        slower = [
+            f"{v.how}: slower, {1000 * times[v.label].median / steps:.1f} ms a step (spread {times[v.label].spread:.0%})"
+            for v in found
+            if v != fastest
+        ]
+        notes = [f"{v.how}: {s['note']}" for v, s in tried if s.get("note")]
+        row |= {"how": fastest.how, "attempts": failed + slower + notes, "compile_s": dict(tried)[fastest].get("compile_s")}
+        row |= {"ms": 1000 * timing.median / steps, "spread": timing.spread}
+        row["over_eager"] = ratio(times[best[ORIGINAL, ""].label], timing)
+        by_default, alike = best.get((ORIGINAL, "default")), best.get((ORIGINAL, mode))
+        row["over_compiled"] = ratio(times[by_default.label], timing) if by_default else None
+        row["realised_share"] = ratio(times[alike.label], timing) * row["share"] if alike and method != ORIGINAL else None
+        rows.append(row)
+    return rows + [m for m in methods.values() if "error" in m]
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------------
@@ -449,11 +479,10 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
 def label(denoiser: str, row: dict[str, Any]) -> str:
     """The method with what it was set to."""
     method = row["method"]
-    schedule, interval = SCHEDULES[denoiser]
     if method == ORIGINAL:
         return ORIGINAL
     if method in OURS:
-        return f"**{OURS[method]}**" + ("" if method == "attention" else f", {schedule}(interval={interval})")
+        return f"**{OURS[method]}**" + ("" if method == "attention" else f", {Choice(*SCHEDULES[denoiser][0]).label}")
     if "setting" not in row:
         return RIVALS[method].label
     setting = row["setting"]
@@ -512,23 +541,32 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "peers.json"
     done = rows.opened(path, given, options.fresh)
     for name in options.denoisers:
-        if name in done:
+        key = f"{name} on {hardware(device=options.device)}"  # what was measured elsewhere is another result
+        if key in done:
             continue
         given_to_all = (options.steps, options.batch, options.device, options.dtype, options.backend)
         setup = Setup(name, *given_to_all, tuple(options.methods))
         result = measure(setup, options.repeats, options.jobs, options.patience)
-        rows.add(path, {"key": name, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
-    document = json.loads(path.read_text())
-    results = sorted(document["rows"], key=lambda row: list(BATCH).index(row["key"]))
-    pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
-    setting = (
-        f"{options.steps} steps, batches of pictures: {pictures}; {options.dtype}, backend {options.backend}, "
-        f"{results[0]['hardware']}; median of {options.repeats} interleaved rounds after one warm-up round, spread = "
-        "(max - min) / median."
-    )
-    text = f"# Peers\n\n{table(results)}\n\n{setting}\nMade by `python -m benchmarks.peers`.\n"
+        rows.add(path, {"key": key, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
+    text = document(json.loads(path.read_text()))
     write_whole(options.out / "peers.md", text)
     print(text)
+
+
+def document(found: dict[str, Any]) -> str:
+    """Markdown of ``peers.json``: a table for each machine, with what it was measured on."""
+    parts = ["# Peers"]
+    for machine in dict.fromkeys(row["hardware"] for row in found["rows"]):
+        results = [row for row in found["rows"] if row["hardware"] == machine]
+        results.sort(key=lambda row: list(BATCH).index(row["denoiser"]))
+        pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
+        setting = (
+            f"{machine}; {found['device']}, {found['dtype']}, backend {found['backend']}; {found['steps']} steps, "
+            f"batches of pictures: {pictures}; median of {found['repeats']} interleaved rounds after one warm-up round, "
+            "spread = (max - min) / median."
+        )
+        parts += [table(results), setting]
+    return "\n\n".join(parts) + "\nMade by `python -m benchmarks.peers`.\n"
 
 
 if __name__ == "__main__":

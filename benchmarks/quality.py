@@ -31,11 +31,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 import maskcompile as mc
-from benchmarks import quality_report, rows, taylorseer
+from benchmarks import quality_report, rows
 from benchmarks.masks import Choice, choices
 from benchmarks.reference import HERE, load
 from benchmarks.reference.classifier import load_features
 from benchmarks.reference.train import training_pictures
+from benchmarks.rivals import BLOCKS, taylorseer_computes, taylorseer_hook
 from benchmarks.sampling import Task, noise, psnr, sample, with_solver
 from benchmarks.timing import hardware
 
@@ -145,18 +146,19 @@ class Samplers:
     def draw(self, trial: Trial, count: int) -> Iterator[Tensor]:
         """Pictures of the trial, a batch at a time."""
         t = self.task(trial.denoiser, trial.steps, trial.solver)
-        denoiser: Callable[..., Any]
         if trial.hook is not None:
             assert trial.choice is not None
-            denoiser = taylorseer.hooked(load(trial.denoiser)[0], trial.choice.interval, trial.hook)
-        else:
-            program = self.programs[trial.denoiser]
-            unmasked = mc.Mask.full(program.names, t.timesteps)
-            denoiser = self.fast[trial.denoiser]
-            denoiser.set_mask(trial.choice.mask(program, t) if trial.choice else unmasked)
+            denoiser = load(trial.denoiser)[0]
+            with taylorseer_hook(denoiser, BLOCKS[trial.denoiser], trial.choice.interval, trial.hook) as restart:
+                for start in range(0, count, self.batch):
+                    restart()
+                    yield sample(t, denoiser, noise(self.batch, SEED + start))
+            return
+        program = self.programs[trial.denoiser]
+        unmasked = mc.Mask.full(program.names, t.timesteps)
+        denoiser = self.fast[trial.denoiser]
+        denoiser.set_mask(trial.choice.mask(program, t) if trial.choice else unmasked)
         for start in range(0, count, self.batch):
-            if trial.hook is not None:
-                taylorseer.restart(denoiser)
             yield sample(t, denoiser, noise(self.batch, SEED + start))
 
     def unmasked(self, name: str, steps: int, solver: str, count: int) -> Tensor:
@@ -172,7 +174,7 @@ class Samplers:
             return trial.steps / trial.reference
         t, program = self.task(trial.denoiser, trial.steps, trial.solver), self.programs[trial.denoiser]
         if trial.hook is not None:
-            full = sum(taylorseer.computes(step, trial.choice.interval) for step in range(trial.steps))
+            full = sum(taylorseer_computes(step, trial.choice.interval) for step in range(trial.steps))
             floor = program.slots.macs_of(program.slots.reach(frozenset(program.slots.size), frozenset())[0]) / program.macs
             return (full + (trial.steps - full) * floor) / trial.steps
         return mc.cost(program, trial.choice.mask(program, t)).share

@@ -162,39 +162,55 @@ def cache_dit(case: Case, setting: Setting, static: bool) -> Iterator[Restart]:
 
 
 @contextmanager
-def _hooks(case: Case, apply: Callable[[Any, Any], None], config: Any, *names: str) -> Iterator[Restart]:
+def _hooks(denoiser: torch.nn.Module, apply: Callable[[Any, Any], None], config: Any, *names: str) -> Iterator[Restart]:
     """Hooks of diffusers, of these names, without ``enable_cache``, which only some of its denoisers have."""
 
     def restart() -> None:
-        HookRegistry.check_if_exists_or_initialize(case.denoiser).reset_stateful_hooks()
-        _set_cache_context(case.denoiser, CacheContext("run"))
+        HookRegistry.check_if_exists_or_initialize(denoiser).reset_stateful_hooks()
+        _set_cache_context(denoiser, CacheContext("run"))
 
-    with as_found(case.denoiser):
-        apply(case.denoiser, config)
+    with as_found(denoiser):
+        apply(denoiser, config)
         restart()
         try:
             yield restart
         finally:
             for name in names:
-                HookRegistry.check_if_exists_or_initialize(case.denoiser).remove_hook(name)
+                HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(name)
 
 
-def taylorseer(case: Case, setting: Setting, order: int = 1) -> AbstractContextManager[Restart]:
-    """diffusers' TaylorSeer (Liu et al. 2025, arXiv 2503.06923) on the blocks. setting: the interval."""
+def taylorseer_hook(
+    denoiser: torch.nn.Module, blocks: str, interval: int, order: int, warmup: int = 3, dtype: torch.dtype = torch.float32
+) -> AbstractContextManager[Restart]:
+    """diffusers' TaylorSeer (Liu et al. 2025, arXiv 2503.06923) on the modules whose names match ``blocks``.
+
+    warmup: full steps before it starts, diffusers' default; see ``taylorseer_computes``. Its own patterns match no module of
+    DiTTransformer2DModel, nor of UNets.
+    """
     config = TaylorSeerCacheConfig(
-        cache_interval=int(setting),
+        cache_interval=interval,
         max_order=order,
-        disable_cache_before_step=1,
-        taylor_factors_dtype=case.start.dtype,
-        cache_identifiers=[BLOCKS[case.name]],
+        disable_cache_before_step=warmup,
+        taylor_factors_dtype=dtype,
+        cache_identifiers=[blocks],
     )
-    return _hooks(case, apply_taylorseer_cache, config, "taylorseer_cache")
+    return _hooks(denoiser, apply_taylorseer_cache, config, "taylorseer_cache")
+
+
+def taylorseer_computes(step: int, interval: int, warmup: int = 3) -> bool:
+    """Whether that hook computes at a step: it counts its interval from the second step after the warm-up."""
+    return step < warmup or (step - warmup - 1) % interval == 0
+
+
+def taylorseer(case: Case, setting: Setting) -> AbstractContextManager[Restart]:
+    """TaylorSeer's hook, order 1, from the second step on. setting: the interval."""
+    return taylorseer_hook(case.denoiser, BLOCKS[case.name], int(setting), order=1, warmup=1, dtype=case.start.dtype)
 
 
 def first_block_cache(case: Case, setting: Setting) -> AbstractContextManager[Restart]:
     """diffusers' FirstBlockCache (after ParaAttention). setting: the threshold on the first block's change."""
     config = FirstBlockCacheConfig(threshold=float(setting))
-    return _hooks(case, apply_first_block_cache, config, "fbc_leader_block_hook", "fbc_block_hook")
+    return _hooks(case.denoiser, apply_first_block_cache, config, "fbc_leader_block_hook", "fbc_block_hook")
 
 
 def mag_cache(case: Case, setting: Setting) -> AbstractContextManager[Restart]:
@@ -202,7 +218,7 @@ def mag_cache(case: Case, setting: Setting) -> AbstractContextManager[Restart]:
     config = MagCacheConfig(
         threshold=float(setting), num_inference_steps=case.steps, mag_ratios=_magnitudes(case), retention_ratio=0.1
     )
-    return _hooks(case, apply_mag_cache, config, "mag_cache_leader_block_hook", "mag_cache_block_hook")
+    return _hooks(case.denoiser, apply_mag_cache, config, "mag_cache_leader_block_hook", "mag_cache_block_hook")
 
 
 @cache
@@ -210,7 +226,7 @@ def _magnitudes(case: Case) -> list[float]:
     """What MagCache's calibration prints for a run of the original."""
     config = MagCacheConfig(calibrate=True, num_inference_steps=case.steps)
     names = ("mag_cache_leader_block_hook", "mag_cache_block_hook")
-    with contextlib.redirect_stdout(io.StringIO()) as printed, _hooks(case, apply_mag_cache, config, *names):
+    with contextlib.redirect_stdout(io.StringIO()) as printed, _hooks(case.denoiser, apply_mag_cache, config, *names):
         run(case, case.denoiser)
     return [float(ratio) for ratio in printed.getvalue().split("[")[-1].split("]")[0].split(",")]
 
@@ -225,7 +241,7 @@ def pyramid(case: Case, setting: Setting) -> AbstractContextManager[Restart]:
         cross_attention_timestep_skip_range=everywhere,
         current_timestep_callback=lambda: 0,
     )
-    return _hooks(case, apply_pyramid_attention_broadcast, config, "pyramid_attention_broadcast")
+    return _hooks(case.denoiser, apply_pyramid_attention_broadcast, config, "pyramid_attention_broadcast")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from torch import Tensor
 from benchmarks.reference import load
 from benchmarks.reference.dataset import CLASSES, SIZE
 
+#: positional and keyword arguments of one denoiser call
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 #: solver -> diffusers' scheduler and what its configuration gets; see ``with_solver``
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDIM": (DDIMScheduler, {}),
@@ -75,17 +78,32 @@ def labels(batch: int, classes: int) -> Tensor:
 def sample(t: Task, denoiser: Callable[..., Any], start: Tensor) -> Tensor:
     """Pictures [batch, 3, 32, 32] in 0..1 from the noise ``start``, by the task's scheduler and ``denoiser``."""
     t.scheduler.set_timesteps(len(t.timesteps))  # multistep solvers keep state of the last run
-    x = start * t.scheduler.init_noise_sigma
-    extra = {} if t.classes is None else {"class_labels": labels(len(x), t.classes)}
+    extra = {} if t.classes is None else {"class_labels": labels(len(start), t.classes)}
     # What a stochastic sampler draws is the same for every denoiser.
     drawn = {"eta": t.eta, "generator": torch.Generator().manual_seed(0)} if t.eta else {}
-    for timestep in t.scheduler.timesteps:
-        model_input = t.scheduler.scale_model_input(x, timestep)
+
+    def call(x: Tensor, timestep: Tensor) -> Call:
         # The UNet takes one timestep for all pictures, the DiT one for each.
         given = timestep if t.classes is None else timestep.expand(len(x))
-        predicted = denoiser(model_input, given, return_dict=False, **extra)[0]
-        x = t.scheduler.step(predicted, timestep, x, return_dict=False, **drawn)[0]
+        return (t.scheduler.scale_model_input(x, timestep), given), {"return_dict": False, **extra}
+
+    x = denoise(t.scheduler, denoiser, call, start * t.scheduler.init_noise_sigma, **drawn)
     return (x / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def denoise(
+    scheduler: Any, denoiser: Callable[..., Any], call: Callable[[Tensor, Tensor], Call], start: Tensor, **drawn: Any
+) -> Tensor:
+    """The result of a run of the scheduler's steps from ``start``, in its dtype.
+
+    call: the denoiser's arguments for a noisy sample at a timestep. drawn: for the scheduler's step.
+    """
+    x = start
+    for timestep in scheduler.timesteps:
+        args, kwargs = call(x, timestep)
+        x = scheduler.step(denoiser(*args, **kwargs)[0], timestep, x, return_dict=False, **drawn)[0].to(start.dtype)
+    return x
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

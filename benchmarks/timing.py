@@ -45,10 +45,10 @@ def interleaved(
     for turn in tqdm(range(-warmup, repeats), desc="timing", delay=2, leave=False, disable=None):
         for name, run in variants.items():
             prepare.get(name, lambda: None)()
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
             run()
-            _synchronise()
+            synchronise()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
@@ -66,19 +66,23 @@ def difference(ours: Timing, other: Timing, baseline: Timing) -> tuple[float, fl
     return middle, low, high
 
 
-def hardware(threads: bool = True) -> str:
-    """Processor or GPU, threads (where time is measured) and versions, for the line beside every figure."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+def hardware(threads: bool = True, device: str | None = None) -> str:
+    """Processor or GPU, threads (where time is measured) and versions, for the line beside every figure.
+
+    device: what the benchmark ran on, as for ``torch.device``; default: the GPU, where there is one.
+    """
+    if torch.cuda.is_available() if device is None else device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-        device = f"{model}, {torch.get_num_threads()} threads" if threads else model
+        name = f"{model}, {torch.get_num_threads()} threads" if threads else model
     import diffusers
 
-    return f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
+    return f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for what a GPU has been given to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -12,25 +12,34 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskcompile as mc
-from benchmarks.cases import case, run
+from benchmarks import peers, rivals
+from benchmarks.cases import case
 from benchmarks.peers import (
     ORIGINAL,
-    SCHEDULES,
     Setup,
     Variant,
+    best_of_ways,
+    compilations,
+    differing,
+    document,
     installed,
     kept_bytes,
     label,
     macs,
+    measure,
     nearest,
     our_mask,
+    ready_to_run,
     table,
     traced,
     tuned,
 )
 from benchmarks.rivals import BLOCKS, RIVALS, evenly
+from benchmarks.timing import Timing, hardware
 
 STEPS = 6
+#: what the caption says of a file of results
+SETTINGS = ("steps", "device", "dtype", "backend", "repeats")
 #: static rival -> a setting, and the steps at which it computes everything
 STATIC = {
     "deepcache": (2, {0, 2, 4}),
@@ -54,7 +63,7 @@ def small(name):
 
 @contextmanager
 def recorded(of):
-    """Yields a function that makes a run and says which linear and convolution layers ran at each step, by name."""
+    """Yields a function that makes a run: for each step the linear and convolution layers that ran, the MACs, the output."""
     layers = {n: m for n, m in of.denoiser.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     running = []
 
@@ -68,20 +77,59 @@ def recorded(of):
     for name, layer in layers.items():  # what caches put around a layer is then outside of this
         layer.forward = recording(name, layer.forward)
 
-    def layers_of_a_run():
+    def a_run(counting=True):
         steps = []
         with torch.no_grad():
             for args, kwargs in of.calls:
                 running.clear()
-                of.denoiser(*args, **kwargs)
-                steps.append(set(running))
+                with FlopCounterMode(display=False) if counting else nullcontext() as counter:
+                    output = of.denoiser(*args, **kwargs)[0]
+                steps.append((set(running), counter.get_total_flops() // 2 if counting else None, output))
         return steps
 
     try:
-        yield layers_of_a_run
+        yield a_run
     finally:
         for layer in layers.values():
             del layer.forward
+
+
+@cache
+def of_the_original(denoiser):
+    """Steps of its run."""
+    with recorded(small(denoiser)) as a_run:
+        return a_run()
+
+
+def cached_runs(name, denoiser, settings, again=False):
+    """Steps of the original's run, and of a run for each setting, and of another, uncounted, after a restart.
+
+    Checked: after each setting, and after an interrupt, the denoiser is as it was found.
+    """
+    of = small(denoiser)
+
+    def attributes():
+        return [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()]
+
+    before, original, runs = attributes(), of_the_original(denoiser), []
+    with recorded(of) as a_run:
+        within = attributes()
+        for setting in settings:
+            with RIVALS[name].install(of, setting) as restart:
+                restart()
+                runs.append(a_run())
+                if again:
+                    restart()
+                    runs.append(a_run(counting=False))
+            assert attributes() == within
+        with pytest.raises(KeyboardInterrupt), RIVALS[name].install(of, settings[-1]):
+            raise KeyboardInterrupt
+        assert attributes() == within
+        for (layers, _, output), (layers_again, _, output_again) in zip(original, a_run(counting=False), strict=True):
+            assert layers_again == layers
+            assert torch.equal(output_again, output)
+    assert attributes() == before
+    return original, runs
 
 
 def skippable(name, denoiser):
@@ -99,76 +147,41 @@ def skippable(name, denoiser):
 
 @pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in STATIC])
 def test_a_static_cache_computes_at_the_steps_it_says(name, denoiser):
-    of = small(denoiser)
     setting, full = STATIC[name]
-    with recorded(of) as layers_of_a_run:
-        everything = layers_of_a_run()
-        with RIVALS[name].install(of, setting) as restart:
-            for _ in range(2):  # a run after a restart is as the first one
-                restart()
-                for step, ran in enumerate(layers_of_a_run()):
-                    left_out = everything[step] - ran
-                    expected = {layer for layer in everything[step] if re.fullmatch(skippable(name, denoiser), layer)}
-                    assert expected
-                    if step in full:
-                        assert not left_out, step
-                    elif name == "deepcache":  # and part of the outermost level
-                        assert expected <= left_out, step
-                    else:
-                        assert left_out == expected, step
-
-
-@pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in STATIC])
-def test_the_share_is_that_of_the_layers_that_run(name, denoiser):
-    """MACs of the steps one by one: a full step costs the original's, every other the same, and less."""
-    of = small(denoiser)
-    setting, full = STATIC[name]
-    whole = macs(of, Variant(ORIGINAL)) / STEPS
-    counted = []
-    with RIVALS[name].install(of, setting) as restart, torch.no_grad():
-        restart()
-        for args, kwargs in of.calls:
-            with FlopCounterMode(display=False) as counter:
-                of.denoiser(*args, **kwargs)
-            counted.append(counter.get_total_flops() // 2)
-    assert {step for step, cost in enumerate(counted) if cost == whole} == full
-    assert len({cost for cost in counted if cost != whole}) == 1
-    assert max(cost for cost in counted) == whole
-    assert macs(of, Variant(name, setting)) == sum(counted)
+    original, runs = cached_runs(name, denoiser, [setting], again=True)  # a run after a restart is as the first one
+    for cached in runs:
+        for step, ((layers, whole, expected), (ran, cost, output)) in enumerate(zip(original, cached, strict=True)):
+            skipped = {layer for layer in layers if re.fullmatch(skippable(name, denoiser), layer)}
+            assert skipped
+            assert torch.equal(output, expected) == (step in full), step
+            if cached is runs[0]:
+                assert (cost == whole) == (step in full), step
+                assert cost <= whole
+            if step in full:
+                assert ran == layers, step
+            elif name == "deepcache":  # and part of the outermost level
+                assert skipped <= layers - ran, step
+            else:
+                assert layers - ran == skipped, step
+    assert len({cost for step, (_, cost, _) in enumerate(runs[0]) if step not in full}) == 1
+    if denoiser == "dit":
+        assert macs(small(denoiser), Variant(name, setting)) == sum(cost for _, cost, _ in runs[0])
 
 
 @pytest.mark.parametrize(("name", "denoiser"), [pair for pair in pairs if pair.values[0] in DYNAMIC])
 def test_a_threshold_decides_how_many_steps_are_computed(name, denoiser):
-    of = small(denoiser)
-    whole = macs(of, Variant(ORIGINAL))
-    low, middle, high = (macs(of, Variant(name, threshold)) / whole for threshold in (1e-6, 0.3, 0.999))
-    assert low == 1.0
-    assert low >= middle >= high
-    assert high < 0.8
+    original, runs = cached_runs(name, denoiser, [1e-6, 0.999])
+    whole, low, high = (sum(cost for _, cost, _ in steps) for steps in (original, *runs))
+    assert low == whole
+    assert high < 0.8 * whole
+    assert any(not torch.equal(output, expected) for (_, _, output), (_, _, expected) in zip(runs[1], original, strict=True))
 
 
-@pytest.mark.parametrize(("name", "denoiser"), pairs)
-def test_the_denoiser_is_left_as_it_was_found(name, denoiser):
-    of = small(denoiser)
-    before = [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()]
-    setting = STATIC[name][0] if name in STATIC else 0.9
-    expected = run(of, of.denoiser)
-    with RIVALS[name].install(of, setting) as restart:
-        restart()
-        cached = run(of, of.denoiser)
-    assert any(not torch.equal(a, b) for a, b in zip(cached, expected, strict=True))
-    assert [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()] == before
-    assert all(torch.equal(a, b) for a, b in zip(run(of, of.denoiser), expected, strict=True))
-    with pytest.raises(KeyboardInterrupt), RIVALS[name].install(of, setting):
-        raise KeyboardInterrupt
-    assert [(path, module, sorted(vars(module)), module.forward) for path, module in of.denoiser.named_modules()] == before
-
-
-@pytest.mark.parametrize(("method", "denoiser"), [("hold", "unet"), ("linear", "dit"), ("attention", "dit")])
-def test_our_share_counted_is_the_one_that_the_plans_say(method, denoiser):
-    of = small(denoiser)
+@pytest.mark.parametrize("method", ["linear", "attention"])
+def test_our_share_counted_is_the_one_that_the_plans_say(method):
+    of = small("dit")
     program = traced(of)
-    share = macs(of, Variant(method)) / macs(of, Variant(ORIGINAL))
+    share = macs(of, Variant(method)) / sum(cost for _, cost, _ in of_the_original("dit"))
     assert share == pytest.approx(mc.cost(program, our_mask(of, program, method)).share, rel=1e-6)
 
 
@@ -218,19 +231,115 @@ def test_what_is_kept_between_steps():
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    from benchmarks import peers, rivals
-
     monkeypatch.setattr(rivals, "find_spec", lambda name: None)
     monkeypatch.setattr(peers, "OURS", {"hold": "maskcompile"})
-    found = peers.describe(Setup("unet", 2, 1, "cpu", "float32", "eager"))
+    monkeypatch.setattr(peers, "case", lambda name, *_: small(name))
+    found = peers.describe(Setup("dit", STEPS, 1, "cpu", "float32", "eager"))
     missing = [row for row in found if "error" in row]
-    assert [row["method"] for row in missing] == [name for name, rival in RIVALS.items() if "unet" in rival.denoisers]
-    text = table([{"denoiser": "unet", "variants": missing}])
-    assert "DeepCache package, eager, not run: DeepCache is not installed" in text
+    assert [row["method"] for row in missing] == [name for name, rival in RIVALS.items() if "dit" in rival.denoisers]
+    text = table([{"denoiser": "dit", "variants": missing}])
+    assert "SmoothCache, eager, not run: SmoothCache is not installed" in text
+
+
+def test_all_of_it():
+    """In processes, uncompiled. Of three steps the second is held: TaylorSeer has seen one step then, and holds as ours does."""
+    result = measure(Setup("dit", 3, 1, "cpu", "float32", "eager", ("taylorseer",)), repeats=1, jobs=2, patience=300)
+    found = {(row["method"], row["compiled"]): row for row in result["variants"]}
+    asked = [(ORIGINAL, ""), (ORIGINAL, "default"), ("hold", "default"), ("taylorseer", ""), ("taylorseer", "default")]
+    assert list(found) == asked
+    assert not any("error" in row for row in found.values())
+    assert [found[key]["how"] for key in asked[:4]] == ["eager", "fullgraph", "regions", "eager"]
+    ours, rival = found["hold", "default"], found["taylorseer", "default"]
+    assert rival["how"] in ("graph breaks", "blocks")  # and the other ways are named
+    assert [attempt.partition(":")[0] for attempt in rival["attempts"]] == [
+        way for way in ("fullgraph", "graph breaks", "blocks") if way != rival["how"]
+    ]
+    assert rival["setting"] == 2
+    assert rival["share"] == pytest.approx(ours["share"])
+    assert rival["psnr"] == pytest.approx(ours["psnr"], abs=1e-3)
+    for row in (ours, rival):
+        assert row["realised_share"] == pytest.approx(row["over_compiled"] * row["share"])
+    text = document({"rows": [{"denoiser": "dit", "pictures": 1, **result}], **dict.fromkeys(SETTINGS, "")})
+    assert f"TaylorSeer hook, order 1, interval 2 | {rival['how']} | {rival['share']:.1%} |" in text
+    assert hardware() in text
+
+
+def test_machines_have_tables_of_their_own():
+    row = {"method": ORIGINAL, "compiled": "", "how": "eager", "over_eager": 1.0, "over_compiled": 0.5}
+    machines = {"unet": "one machine", "dit": "another", "sd": "one machine"}
+    results = [{"denoiser": n, "pictures": 2, "hardware": h, "variants": [row]} for n, h in machines.items()]
+    first, second = document({"rows": results, **dict.fromkeys(SETTINGS, "")}).split("another")[0].split("one machine")
+    assert ("| unet |" in first, "| sd |" in first, "| dit |" in first) == (True, True, False)
+    assert "| dit |" in second
+
+
+def test_a_wrong_result_of_ours_is_rejected(monkeypatch):
+    of, variant, right = small("dit"), Variant("hold", compiled="default", how="regions"), peers.optimised
+
+    def optimised(of, method, backend, **options):
+        fast = right(of, method, "eager")
+
+        def wrong(*args, **kwargs):
+            output = fast(*args, **kwargs)[0]
+            return (output + 0.02 * output.abs().max(),)
+
+        wrong.reset = fast.reset
+        return wrong if backend == "wrong" else fast
+
+    monkeypatch.setattr(peers, "optimised", optimised)
+    with ExitStack() as stack:
+        _, _, said = ready_to_run(of, Setup("dit", STEPS, 1, "cpu", "float32", "eager"), variant, stack)
+        assert said["note"] is None
+        with pytest.raises(ValueError, match=r"^its results are 0\.0[12]\d* of the largest number away"):
+            ready_to_run(of, Setup("dit", STEPS, 1, "cpu", "float32", "wrong"), variant, stack)
+
+
+def test_only_what_decides_by_content_may_differ():
+    expected = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.0])]
+    near, far, broken = ([expected[0], expected[1] + off] for off in (0.019, 0.1, float("nan")))
+    for method in (ORIGINAL, "hold", *RIVALS):
+        assert differing(Variant(method), near, expected) is None
+        with pytest.raises(ValueError, match="nan of the largest number"):
+            differing(Variant(method), broken, expected)
+        if method in DYNAMIC:
+            assert "0.05 of the largest number away" in differing(Variant(method), far, expected)
+        else:
+            with pytest.raises(ValueError, match=r"0\.05 of the largest number away"):
+                differing(Variant(method), far, expected)
+
+
+def test_the_best_of_the_ways_is_the_row():
+    said = [(Variant(ORIGINAL), {}), (Variant(ORIGINAL, 0, "default", "fullgraph"), {"compile_s": 5.0})]
+    said += [(Variant("fbc", 0.1, "default", how), {"compile_s": 1.0}) for how in ("graph breaks", "blocks")]
+    said[-1][1]["note"] = "its results differ"
+    said += [(Variant("fbc", 0.1, "default", "fullgraph"), {"error": "Unsupported"}), (Variant("fbc", 0.1), {"error": "none"})]
+    seconds = {said[0][0]: (8.0, 8.0), said[1][0]: (4.0, 4.0), said[2][0]: (4.0, 2.0), said[3][0]: (1.0, 2.0)}
+    times = {variant.label: Timing(taken) for variant, taken in seconds.items()}
+    methods = {ORIGINAL: {"method": ORIGINAL, "share": 1.0}, "fbc": {"method": "fbc", "share": 0.5, "setting": 0.1}}
+    _, original, rival, failed = best_of_ways(10, methods, said, times)
+    assert (original["over_eager"], original["over_compiled"], original["realised_share"]) == (2.0, 1.0, None)
+    assert (rival["how"], rival["ms"], rival["over_compiled"], rival["realised_share"]) == ("blocks", 150.0, 3.0, 1.5)
+    assert rival["attempts"] == [
+        "fullgraph: Unsupported", "graph breaks: slower, 300.0 ms a step (spread 67%)", "blocks: its results differ"
+    ]  # fmt: skip
+    assert failed["error"] == "eager: none"
+    with pytest.raises(RuntimeError, match="the original did not run: no memory"):
+        best_of_ways(10, methods, [(Variant(ORIGINAL), {"error": "no memory"})], {})
+
+
+def test_cuda_graphs_are_compared_with_cuda_graphs():
+    gpu, cpu, eager = (Setup("dit", 2, 1, *where) for where in (
+        ("cuda", "bfloat16", "inductor"), ("cpu", "float32", "inductor"), ("cuda", "bfloat16", "eager")
+    ))  # fmt: skip
+    assert compilations(gpu, ORIGINAL) == ("", "default", "reduce-overhead", "max-autotune")
+    assert compilations(gpu, "hold") == ("default", "reduce-overhead", "max-autotune")
+    assert compilations(gpu, "taylorseer") == ("", "default", "reduce-overhead")
+    for setup in (cpu, eager):
+        assert [compilations(setup, m) for m in (ORIGINAL, "hold", "fbc")] == [("", "default"), ("default",), ("", "default")]
 
 
 def test_the_table_names_what_ran():
-    assert label("dit", {"method": "hold"}) == f"**maskcompile**, uniform(interval={SCHEDULES['dit'][1]})"
+    assert label("dit", {"method": "hold"}) == "**maskcompile**, uniform(interval=2)"
     assert label("dit", {"method": "taylorseer", "setting": 3}) == "TaylorSeer hook, order 1, interval 3"
     assert label("dit", {"method": "smoothcache", "setting": 7}) == "SmoothCache, 7 full steps"
     assert label("dit", {"method": "fbc", "setting": 0.25}) == "FirstBlockCache hook, threshold 0.25"

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import quality, quality_report, taylorseer
+from benchmarks import quality, quality_report
 from benchmarks.masks import Choice, choices
 from benchmarks.reference import load
 from benchmarks.reference.classifier import Features, augment, load_features, train
+from benchmarks.rivals import BLOCKS, taylorseer_computes, taylorseer_hook
 from benchmarks.sampling import noise, psnr, sample, task, with_solver
 from tests.executor import Executor
 
@@ -119,13 +120,15 @@ def test_taylorseer_computes_when_it_says():
     model = task("dit", 12).denoiser
     calls = []
     model.transformer_blocks[0].ff.net[0].register_forward_hook(lambda *_: calls.append(step))
-    hooked = taylorseer.hooked(model, 3, 1)
-    for _ in range(2):
-        taylorseer.restart(hooked)
-        for step in range(12):
-            with torch.no_grad():
-                hooked(torch.randn(1, 3, 32, 32), torch.tensor([step]), class_labels=torch.tensor([0]))
-    assert sorted(set(calls)) == [step for step in range(12) if taylorseer.computes(step, 3)]
+    for warmup in (1, 3):
+        calls.clear()
+        with taylorseer_hook(model, BLOCKS["dit"], 3, 1, warmup) as restart:
+            for _ in range(2):
+                restart()
+                for step in range(12):
+                    with torch.no_grad():
+                        model(torch.randn(1, 3, 32, 32), torch.tensor([step]), class_labels=torch.tensor([0]))
+        assert calls == 2 * [step for step in range(12) if taylorseer_computes(step, 3, warmup)]
 
 
 def test_the_classifier_learns_and_the_bundled_one_tells_pictures_apart():

@@ -11,7 +11,8 @@ from torch import nn
 from torch._inductor import metrics
 
 import maskcompile as mc
-from benchmarks import taylorseer
+from benchmarks.rivals import BLOCKS as HOOKED
+from benchmarks.rivals import taylorseer_computes, taylorseer_hook
 from benchmarks.sampling import noise, psnr, sample, task
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
@@ -57,17 +58,17 @@ def test_it_is_taylorseers_hook(interval):
     args, kwargs = case.inputs(2, 1, 0)
     program = mc.trace(case.model, *args, **kwargs)
     timesteps = tuple(range(960, 0, -60))
-    full = [taylorseer.computes(step, interval) for step in range(len(timesteps))]
+    full = [taylorseer_computes(step, interval) for step in range(len(timesteps))]
     compute = np.repeat(np.array(full)[:, None], len(program.names), 1)
     fast = mc.optimize(case.model, mc.Mask(compute, blocks=program.names, timesteps=timesteps, reuse="linear"), backend="eager")
-    hooked = taylorseer.hooked(copy.deepcopy(case.model), interval, order=1)
-    taylorseer.restart(hooked)
-    for step, t in enumerate(timesteps):
-        args, kwargs = case.inputs(2, t, step)
-        with torch.no_grad():
-            theirs = tensors_of(hooked(*args, **kwargs))
-        for a, b in zip(tensors_of(fast(*args, **kwargs)), theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    hooked = copy.deepcopy(case.model)
+    with taylorseer_hook(hooked, HOOKED["dit"], interval, order=1):
+        for step, t in enumerate(timesteps):
+            args, kwargs = case.inputs(2, t, step)
+            with torch.no_grad():
+                theirs = tensors_of(hooked(*args, **kwargs))
+            for a, b in zip(tensors_of(fast(*args, **kwargs)), theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert fast.report().reusing_calls == full.count(False)
 
 
