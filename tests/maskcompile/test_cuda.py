@@ -142,3 +142,28 @@ def test_half_precision(dtype):
 
     for run in range(3):
         assert_follows(fast, truth(model, fast), halved, seed=run, tolerance=0.05)
+
+
+def test_weights_moved_away_and_back():
+    model, _, fast, inputs = make("unet2d", cuda_graphs=True)
+    for run in range(3):
+        assert_follows(fast, truth(model, fast), inputs, seed=run)
+        fast.to("cpu")
+        kept = torch.empty(64 * 2**20, dtype=torch.uint8, device=DEVICE)  # so that they come back elsewhere
+        fast.to(DEVICE)
+    assert_follows(fast, truth(model, fast), inputs, seed=9)
+    del kept
+
+
+@pytest.mark.parametrize("kind", ["cpu tensor", "number"])
+def test_timesteps_on_the_cpu(kind):
+    """As DDIM's and DDPM's pipelines have them."""
+    model, _, fast, inputs = make("unet2d", cuda_graphs=True)
+    timesteps = [901, 701, 501, 301, 101]
+    for run in range(3):
+        executor = truth(model, fast)
+        for step, t in enumerate(timesteps):
+            (x, _), _ = inputs(step, 10 * run + step)
+            given = t if kind == "number" else torch.tensor(timesteps)[step]
+            torch.testing.assert_close(fast(x, given).sample, executor.step(step, x, given).sample, rtol=1e-3, atol=1e-3)
+    assert fast.report().recorded
