@@ -166,11 +166,11 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="torch")
     # So that compile seconds are those of compiling, not of a cache or of what the first compilation sets up.
-    torch._inductor.config.force_disable_caches = True
-    torch.compile(lambda x: x.sin() + 1, backend=options.backend)(torch.ones(8))
-    rows = [
-        demonstrate(name, options.steps, options.batch, options.repeats, options.backend, options.out) for name in SCHEDULES
-    ]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(lambda x: x.sin() + 1, backend=options.backend)(torch.ones(8))
+        rows = [
+            demonstrate(name, options.steps, options.batch, options.repeats, options.backend, options.out) for name in SCHEDULES
+        ]
     caption = (
         f"{options.steps} DDIM steps, batch {options.batch}, float32, {options.backend}; {hardware()}; "
         f"median of {options.repeats} interleaved runs."

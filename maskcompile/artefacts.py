@@ -83,9 +83,15 @@ def load_artefacts(path: str | os.PathLike[str]) -> dict[str, bytes]:
 
 
 def to_bytes(artefact: CompiledArtifact) -> bytes:
+    """Raises ValueError for one that was compiled with Inductor's caches off, of which torch keeps nothing."""
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "region")
-        artefact.save(path=file, format="binary")
+        try:
+            artefact.save(path=file, format="binary")
+        except RuntimeError as error:
+            raise ValueError(
+                f"what was compiled cannot be saved ({error}); compile with Inductor's caches on (force_disable_caches=False)."
+            ) from error
         return Path(file).read_bytes()
 
 

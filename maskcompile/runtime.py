@@ -792,8 +792,8 @@ def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> Optim
 
 
 def _warn(message: str) -> None:
-    """Warn at the line that called the denoiser: above _count, _execute, _call, forward and two of Module.__call__."""
-    warnings.warn(message, stacklevel=8)
+    """Warn at the line that called the denoiser: above _count, _try_execute, _execute, _call, forward and two of __call__."""
+    warnings.warn(message, stacklevel=9)
 
 
 def _assembler(captured: Capture) -> Callable[[Sequence[Tensor]], Any]:

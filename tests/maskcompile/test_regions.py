@@ -355,3 +355,13 @@ def test_a_denoiser_that_returns_a_weight_and_its_input():
         x = latents(step)
         for ours, theirs in zip(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t)), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_what_torch_kept_nothing_of_cannot_be_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "_compiled", {})
+    fast = mc.optimize(Chain().eval(), mc.Mask.full(["a", "b", "c"], [900, 100]))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        fast.warmup(torch.randn(2, 4), torch.tensor(900))
+        with pytest.raises(ValueError, match=r"cannot be saved .*; compile with Inductor's caches on"):
+            fast.save_compiled(tmp_path / "chain")
+    assert not list(tmp_path.iterdir())

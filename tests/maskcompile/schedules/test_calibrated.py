@@ -191,7 +191,7 @@ def test_reading_smoothcache_files(tmp_path):
         ("2 numbers, 0 or 1, one for each timestep; got 50", published),
         ("not a whole JSON file", tmp_path / "cut.json"),
         ("maps layers to lists", {}),
-        ("'attn1' is no block of TimmDiT", {"attn1": [1, 0]}),
+        ("'attn1' is no block of DiT", {"attn1": [1, 0]}),
         ("2 numbers, 0 or 1", {"attn": [1, 2]}),
     ):
         with pytest.raises(mc.MaskError, match=message):
