@@ -571,7 +571,8 @@ class OptimizedDenoiser(nn.Module):
 
     def _whole(self, captured: _Captured, key: GraphKey) -> Executable:
         if key not in captured.whole:
-            captured.whole[key] = compile_graph(specialise(captured.capture, key), self._backend, self._options)
+            graph_module = specialise(captured.capture, key, narrow=self._backend != "eager")
+            captured.whole[key] = compile_graph(graph_module, self._backend, self._options)
         return captured.whole[key]
 
     def _link(self, captured: _Captured, key: GraphKey) -> Executable:
@@ -579,7 +580,7 @@ class OptimizedDenoiser(nn.Module):
         blocks = self._mask.blocks
         if blocks not in captured.partitions:
             captured.partitions[blocks] = partition(captured.capture, blocks)
-        regions = select_regions(captured.capture, captured.partitions[blocks], key)
+        regions = select_regions(captured.capture, captured.partitions[blocks], key, narrow=self._backend != "eager")
 
         def compiled(region: Region) -> Executable:
             known = captured.compiled.get(region.content)

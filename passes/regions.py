@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 
 from passes.capture import MARK, Capture
 from passes.dependencies import result_nodes
+from passes.narrow import Ranges, narrow_linear, narrowed
 from passes.plan import GraphKey
 from passes.sizes import Sizes, is_size, shape_at, symbols_of, value_at
 from passes.specialise import extrapolate, scalar_like
@@ -37,7 +38,8 @@ class Region:
 
     inputs: what it reads of other regions and of the denoiser's inputs. extrapolated: those of them that enter as two versions
     and a coefficient (see ``passes.reuse``). weights: the parameters and buffers that it reads, ``get_attr`` nodes. Sizes are
-    not among what it reads: those of the call are known to whoever executes it.
+    not among what it reads: those of the call are known to whoever executes it. narrowed: linear layers of it of which only
+    these parts are read (see ``passes.narrow``).
     """
 
     nodes: tuple[Node, ...]
@@ -45,11 +47,12 @@ class Region:
     weights: tuple[Node, ...]
     outputs: tuple[Node, ...]
     extrapolated: frozenset[Node] = frozenset()
+    narrowed: tuple[tuple[Node, Ranges], ...] = ()
 
     @property
     def content(self) -> Hashable:
         """Equal for regions of a capture that are the same."""
-        return self.nodes, self.inputs, self.outputs, self.extrapolated
+        return self.nodes, self.inputs, self.outputs, self.extrapolated, self.narrowed
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,13 @@ def partition(capture: Capture, blocks: Iterable[str]) -> Partition:
 CHAIN = 4
 
 
-def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Region]:
+def select_regions(capture: Capture, parts: Partition, key: GraphKey, narrow: bool = False) -> list[Region]:
     """What a specialised graph is made of, in the order of execution.
 
     Light regions are merged with what a compiler that saw the whole graph would fuse them with, as far as that takes few
     compilations more, and none of anything that multiplies: extrapolations with the light regions that read them; a light
     region that reads none with the first region that reads it, if that multiplies; and others, like the residual sums of
-    reused blocks, with each other, four at a time.
+    reused blocks, with each other, four at a time. narrow: as of ``passes.specialise``.
     """
     twofold = {capture.marks[slot] for slot, versions in key.reads if versions == 2}
     live = _live_regions(capture, parts, key)
@@ -150,7 +153,11 @@ def select_regions(capture: Capture, parts: Partition, key: GraphKey) -> list[Re
             chain.append(replace(region, extrapolated=entering))
     end_chain()
     results = {*result_nodes(capture), *(capture.marks[slot] for slot in key.stores)}
-    return [_merged(group, results, groups) for group in groups]
+    merged = [_merged(group, results, groups) for group in groups]
+    if not narrow:
+        return merged
+    less = narrowed({node for region in merged for node in region.nodes}, results)
+    return [replace(region, narrowed=tuple((node, less[node]) for node in region.nodes if node in less)) for region in merged]
 
 
 def renames(region: Region) -> bool:
@@ -183,9 +190,12 @@ def region_graph(region: Region, capture: Capture, fixed: bool = False) -> Graph
         if node in region.extrapolated:
             copies[node] = extrapolate(graph, (copies[node], enter(fake(value))), enter(fake(scalar_like(value))))
     given = {symbol: sizes[symbol] if fixed else enter(fake(size)) for symbol, size in symbols.items()}
+    parts = dict(region.narrowed)
     for node in region.nodes:
         if is_size(node) and node.target is torch.ops.aten.sym_size.int:
             copies[node] = given[node.meta["val"].node.expr]
+        elif node in parts:
+            copies[node] = narrow_linear(graph, node, copies, parts[node])
         else:
             copies[node] = copies[_marked(node)] if node.target is MARK else graph.node_copy(node, copies.__getitem__)
     outputs = []
@@ -265,6 +275,7 @@ def structure(region: Region, capture: Capture) -> str:
     names: dict[Node, str] = {}
     lines = []
     symbols = {symbol: sympy.Symbol(f"S{position}") for position, symbol in enumerate(sizes_read(region, capture))}
+    parts = dict(region.narrowed)
 
     def sizes(values: Iterable[int | torch.SymInt]) -> list[Any]:
         return [size if isinstance(size, int) else size.node.expr.xreplace(symbols) for size in values]
@@ -282,7 +293,9 @@ def structure(region: Region, capture: Capture) -> str:
             names[node] = str(symbols[node.meta["val"].node.expr])
             continue
         names[node] = f"%v{len(names)}"
-        lines.append(f"{names[node]} = {node.target}{map_arg((node.args, node.kwargs), names.__getitem__)}")
+        lines.append(
+            f"{names[node]} = {node.target}{map_arg((node.args, node.kwargs), names.__getitem__)}{parts.get(node, '')}"
+        )
     return "\n".join([*lines, f"return {[names[node] for node in region.outputs]}"])
 
 

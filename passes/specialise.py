@@ -15,21 +15,24 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.capture import MARK, Capture, Slot
 from passes.dependencies import result_nodes
+from passes.narrow import narrow_linear, narrowed
 from passes.plan import GraphKey
 
 aten = torch.ops.aten
 
 
-def specialise(capture: Capture, key: GraphKey) -> GraphModule:
+def specialise(capture: Capture, key: GraphKey, narrow: bool = False) -> GraphModule:
     """Build the graph ``(*tensor inputs, *cached versions, coefficients) -> (*tensor results, *stores)``, sharing weights.
 
     Inputs and results are those of the denoiser in pytree order, versions and stores in the order of ``key``, the newer
     version of a slot first. coefficients: float [n], the c of each of the n reads of two versions (see ``passes.reuse``); no
     such input where there are none. Outputs may share memory with each other and with inputs, as those of any graph.
+    narrow: linear layers compute only what is read of them (see ``passes.narrow``); results may then differ in their last bits.
     """
     reused = {capture.marks[slot] for slot, _ in key.reads}
     results, stores = result_nodes(capture), [capture.marks[slot] for slot in key.stores]
     live = _live_nodes([*results, *stores], reused)
+    parts = narrowed(live, {*results, *stores}) if narrow else {}
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in capture.inputs:
@@ -53,6 +56,8 @@ def specialise(capture: Capture, key: GraphKey) -> GraphModule:
             continue
         if node.target is MARK:
             copies[node] = copies[node.args[0]]
+        elif node in parts:
+            copies[node] = narrow_linear(graph, node, copies, parts[node])
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in (*results, *stores)))

@@ -1,0 +1,213 @@
+"""Speed of the paper's denoisers at real size, with random weights: ``python -m benchmarks.real_size``.
+
+A mask's speed does not depend on the weights. For each row of ``benchmarks.models`` that ``MASKS`` names: eager,
+``torch.compile`` of the original, and the mask, compiled alike; the denoiser's calls of one sampling run each, interleaved, one
+picture a call (both halves of a guided one). A schedule that repeats itself is timed over a short run of the row's sampler,
+L2C's published masks of DiT-XL/2 over the run that they were learned for. The realised share is (speed-up over the compiled
+original) / (MACs before / MACs after). Writes ``real_size.json`` and ``real_size.md``, a table for each machine, and goes on
+with the rows that this machine has not measured yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import maskcompile as mc
+from benchmarks import rows
+from benchmarks.models import Inputs, Row, row_named
+from benchmarks.timing import hardware, interleaved, ratio, synchronise
+from maskcompile.files import write_whole
+from maskcompile.mask import steps_of
+
+RESULTS = Path(__file__).parent / "results"
+ROUTERS = Path(__file__).parent.parent / "tests" / "maskcompile" / "data"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A row of ``benchmarks.models`` under a schedule with these arguments, over a run of so many steps."""
+
+    row: str
+    schedule: str
+    arguments: tuple[tuple[str, Any], ...]
+    steps: int
+
+    @property
+    def label(self) -> str:
+        said = (f"{name}={Path(value).name if name == 'router' else value}" for name, value in self.arguments)
+        return f"{self.schedule}({', '.join(said)})"
+
+    def mask(self, program: mc.Program, timesteps: tuple[float, ...]) -> mc.Mask:
+        mask: mc.Mask = getattr(mc.schedules, self.schedule)(program, timesteps, **dict(self.arguments))
+        return mask
+
+
+def _l2c(steps: int, threshold: float) -> Trial:
+    router = str(ROUTERS / f"l2c_dit_xl_2_ddim{steps}.json")
+    return Trial("dit-256", "l2c", (("router", router), ("threshold", threshold)), steps)
+
+
+MASKS = (
+    _l2c(20, 0.1),
+    Trial("dit-256", "uniform", (("interval", 2),), 6),
+    Trial("ddpm-cifar10", "deepcache", (("interval", 3),), 9),
+    Trial("ldm-4-g", "deepcache", (("interval", 3),), 6),
+    Trial("pixart", "uniform", (("interval", 2),), 4),
+    Trial("sd15", "deepcache", (("interval", 3),), 3),
+    Trial("ddpm-bedroom", "deepcache", (("interval", 3),), 6),
+    Trial("dit-512", "uniform", (("interval", 2),), 4),
+    _l2c(50, 0.1),
+)
+
+
+def at(inputs: Inputs, timestep: float) -> Inputs:
+    """The same call at another timestep: the argument of that name, or the second one."""
+    args, kwargs = inputs
+    if "timestep" in kwargs:
+        return args, {**kwargs, "timestep": torch.full_like(kwargs["timestep"], timestep)}
+    return (args[0], torch.full_like(args[1], timestep), *args[2:]), kwargs
+
+
+def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """Tensors within tuples and dictionaries, on the device, floating-point ones of the dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, tuple):
+        return tuple(moved(x, device, dtype) for x in value)
+    if isinstance(value, dict):
+        return {key: moved(x, device, dtype) for key, x in value.items()}
+    return value
+
+
+def ready(call: Callable[[], Any]) -> float:
+    """Wall seconds of a call."""
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def measure(trial: Trial, row: Row, repeats: int, device: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """Seconds a step of the variants of one trial, and how they compare."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = row.build().to(device, dtype)
+        inputs = moved(row.inputs(model, 1), device, dtype)
+    scheduler = row.scheduler()
+    scheduler.set_timesteps(trial.steps, device="cpu")
+    timesteps = steps_of(float(t) for t in scheduler.timesteps)
+    calls = [at(inputs, t) for t in timesteps]
+    args, kwargs = calls[0]
+
+    original = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    with torch.no_grad():
+        compile_s = ready(lambda: original(*args, **kwargs))
+    start = time.perf_counter()
+    program = mc.trace(model, *args, **kwargs)
+    mask = trial.mask(program, timesteps)
+    fast = mc.optimize(model, mask, backend=backend, cuda_graphs=False)
+    fast.warmup(*args, **kwargs)
+    ours_s = time.perf_counter() - start
+
+    def run_of(denoiser: Callable[..., Any]) -> Callable[[], None]:
+        def run() -> None:
+            for args, kwargs in calls:
+                denoiser(*args, **kwargs)
+
+        return run
+
+    variants = {"eager": model, "compiled": original, "ours": fast}
+    with torch.no_grad():
+        for denoiser in variants.values():
+            denoiser(*args, **kwargs)
+        times = interleaved({name: run_of(v) for name, v in variants.items()}, repeats, warmup=0, prepare={"ours": fast.reset})
+    cost = mc.cost(program, mask)
+    speedup = ratio(times["compiled"], times["ours"])
+    return {
+        "title": row.title, "mask": trial.label, "steps": len(calls), "gmacs": program.macs / 1e9, "share": cost.share,
+        "graphs": cost.graphs, "seconds": {name: timing.median / len(calls) for name, timing in times.items()},
+        "spread": {name: timing.spread for name, timing in times.items()},
+        "over_eager": ratio(times["eager"], times["ours"]), "over_compiled": speedup, "realised_share": speedup * cost.share,
+        "ready_s": {"compiled": compile_s, "ours": ours_s},
+    }  # fmt: skip
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "| row | mask | steps timed | GMACs a call | MACs kept | s a step: eager / torch.compile / ours | spread | over eager "
+        "| over torch.compile | of the MACs | realised share | s until ready: torch.compile / ours (graphs) |",
+        "|" + "---|" * 12,
+    ]
+    for r in found:
+        seconds, spread, until = r["seconds"], r["spread"], r["ready_s"]
+        lines.append(
+            f"| {r['row']}: {r['title']} | {r['mask']} | {r['steps']} | {r['gmacs']:.1f} | {r['share']:.1%} "
+            f"| {seconds['eager']:.3g} / {seconds['compiled']:.3g} / {seconds['ours']:.3g} | {max(spread.values()):.0%} "
+            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {1 / r['share']:.3f}x | {r['realised_share']:.3f} "
+            f"| {until['compiled']:.0f} / {until['ours']:.0f} ({r['graphs']}) |"
+        )
+    return "\n".join(lines)
+
+
+def document(found: dict[str, Any]) -> str:
+    """Markdown of ``real_size.json``: a table for each machine."""
+    parts = ["# Speed at real size"]
+    for machine in dict.fromkeys(row["hardware"] for row in found["rows"]):
+        results = [row for row in found["rows"] if row["hardware"] == machine]
+        order = [f"{trial.row} {trial.label}" for trial in MASKS]
+        results.sort(key=lambda row: order.index(f"{row['row']} {row['mask']}"))
+        parts += [
+            table(results),
+            f"Random weights, one picture a call (both halves of a guided one), {found['dtype']}, backend {found['backend']}; "
+            f"{machine}; medians of {found['repeats']} interleaved rounds, spread = (max - min) / median, the largest of "
+            "the three. Of the MACs: MACs before / after. Until ready: wall seconds of the first call; ours of the capture and "
+            "of compiling every graph.",
+        ]
+    return "\n\n".join(parts) + "\nMade by `python -m benchmarks.real_size`.\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(dict.fromkeys(t.row for t in MASKS)), help="default: all")
+    parser.add_argument("--trials", nargs="+", type=int, choices=range(len(MASKS)), help="their numbers, instead of rows")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", module="torch")
+    path = options.out / "real_size.json"
+    given = {name: getattr(options, name) for name in ("repeats", "dtype", "backend")}
+    done = rows.opened(path, given, options.fresh)
+    for number, trial in enumerate(MASKS):
+        machine = hardware(device=options.device)
+        key = f"{trial.row} {trial.label} on {machine}"
+        if key in done or (options.rows and trial.row not in options.rows) or (options.trials and number not in options.trials):
+            continue
+        dtype = getattr(torch, options.dtype)
+        figures = measure(trial, row_named(trial.row), options.repeats, options.device, dtype, options.backend)
+        rows.add(path, {"key": key, "row": trial.row, "hardware": machine, **figures})
+        print(key, figures, flush=True)
+        torch.compiler.reset()
+        gc.collect()
+    text = document(json.loads(path.read_text()))
+    write_whole(options.out / "real_size.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
