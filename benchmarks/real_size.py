@@ -11,11 +11,14 @@ with the rows that this machine has not measured yet.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from torch import Tensor
 
 import maskcompile as mc
 from benchmarks import rows
-from benchmarks.models import Inputs, Row, row_named
+from benchmarks.models import Inputs, row_named
 from benchmarks.timing import hardware, interleaved, ratio, synchronise
 from maskcompile.files import write_whole
 from maskcompile.mask import steps_of
@@ -99,8 +102,21 @@ def ready(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(trial: Trial, row: Row, repeats: int, device: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+def apart(*given: Any) -> dict[str, Any]:
+    """``measure`` in a process of its own, with empty compiler caches."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_with_caches_in, folder, *given).result()
+
+
+def _with_caches_in(folder: str, *given: Any) -> dict[str, Any]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    warnings.filterwarnings("ignore", module="torch")
+    return measure(*given)
+
+
+def measure(trial: Trial, repeats: int, device: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """Seconds a step of the variants of one trial, and how they compare."""
+    row = row_named(trial.row)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = row.build().to(device, dtype)
@@ -173,7 +189,7 @@ def document(found: dict[str, Any]) -> str:
             f"Random weights, one picture a call (both halves of a guided one), {found['dtype']}, backend {found['backend']}; "
             f"{machine}; medians of {found['repeats']} interleaved rounds, spread = (max - min) / median, the largest of "
             "the three. Of the MACs: MACs before / after. Until ready: wall seconds of the first call; ours of the capture and "
-            "of compiling every graph.",
+            "of compiling every graph; each row in a process of its own, with empty caches.",
         ]
     return "\n\n".join(parts) + "\nMade by `python -m benchmarks.real_size`.\n"
 
@@ -199,11 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
         if key in done or (options.rows and trial.row not in options.rows) or (options.trials and number not in options.trials):
             continue
         dtype = getattr(torch, options.dtype)
-        figures = measure(trial, row_named(trial.row), options.repeats, options.device, dtype, options.backend)
+        figures = apart(trial, options.repeats, options.device, dtype, options.backend)
         rows.add(path, {"key": key, "row": trial.row, "hardware": machine, **figures})
         print(key, figures, flush=True)
-        torch.compiler.reset()
-        gc.collect()
     text = document(json.loads(path.read_text()))
     write_whole(options.out / "real_size.md", text)
     print(text)

@@ -21,6 +21,7 @@ def small_dit():
 def small(monkeypatch):
     row = dataclasses.replace(models.row_named("dit-256"), build=small_dit)
     monkeypatch.setattr(real_size, "row_named", lambda name: row)
+    monkeypatch.setattr(real_size, "apart", real_size.measure)
     trials = tuple(real_size.Trial("dit-256", "uniform", (("interval", interval),), 4) for interval in (2, 3))
     monkeypatch.setattr(real_size, "MASKS", trials)
     return row
