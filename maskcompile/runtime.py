@@ -14,8 +14,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,10 +27,11 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from maskcompile.captures import MAKING, capture_once
-from maskcompile.compile import Backend, Executable, compile_graph, compile_region, save_compiled
+from maskcompile.compile import Backend, save_compiled
+from maskcompile.dropin import DropIn
 from maskcompile.fallback import ModuleRun, ModuleStep, Uncaptured
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
-from maskcompile.link import link
+from maskcompile.graphs import SignatureGraphs
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.replay import MOST_ARENAS, Arena, Lease, LeaseLost, addresses, obstacle
 from maskcompile.report import Report, SignatureReport
@@ -49,50 +50,18 @@ from maskcompile.signature import (
     other_batch,
     timestep_name,
 )
-from maskcompile.steps import Graph, Schedule, Step
+from maskcompile.steps import Schedule, Step
 from passes.buffers import share_buffers
-from passes.capture import Capture, CaptureError, Slot, check_call, composite_modules, resized, sizes_of
-from passes.dependencies import Slots, result_nodes, slot_dependencies
+from passes.capture import CaptureError, Slot, check_call, composite_modules, resized, sizes_of
+from passes.dependencies import Slots, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
-from passes.regions import Partition, Region, divisible, partition, select_regions, value_of
-from passes.sizes import Sizes, shape_at, value_at
-from passes.specialise import coefficients_like, specialise
+from passes.regions import divisible
 
 CudaGraphs = bool | Literal["auto"]
 
 #: Scheduler tensors whose last calling thread is remembered.
 MOST_CALLERS = 64
-
-
-@dataclass
-class _Captured:
-    """A denoiser captured at one input signature, with the graphs made of it so far.
-
-    One captured for any batch is one of these for each batch, see ``_resized``. origin: the signature that it was captured at.
-    assemble: see ``_assembler``. divided: whether graphs are made of regions. alone: why it is not for any batch, if that was
-    tried. given_up: not to be tried for other batches either. partitions: into regions, for the blocks of a mask. whole: graphs
-    not made of regions. compiled: the regions that the graphs consist of, by content.
-    """
-
-    capture: Capture
-    origin: Key
-    described: str
-    seconds: float
-    assemble: Callable[[Sequence[Tensor]], Any]
-    divided: bool
-    alone: str | None = None
-    given_up: bool = False
-    graphs: dict[GraphKey, Graph] = field(default_factory=dict)
-    partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
-    whole: dict[GraphKey, Executable] = field(default_factory=dict)
-    compiled: dict[Hashable, Executable] = field(default_factory=dict)
-
-    def like(self, slot: Slot) -> Tensor:
-        """A tensor without values like the versions of a slot."""
-        value, sizes = value_of(self.capture.marks[slot], self.capture), self.capture.sizes
-        strides = [value_at(stride, sizes) for stride in value.stride()]
-        return torch.empty_strided(shape_at(value, sizes), strides, dtype=value.dtype, device="meta")
 
 
 @dataclass
@@ -120,14 +89,12 @@ class _Threads(threading.local):
         in_progress.add(self.own)
 
 
-class OptimizedDenoiser(nn.Module):
+class OptimizedDenoiser(DropIn):
     """Drop-in for ``original`` that executes a mask; made by ``maskcompile.optimize``.
 
     It has the parameters, buffers and submodules of the original (the same objects, under the same names), its forward
     signature and return type, and passes every other attribute through to it. Inference only: results carry no gradients.
     """
-
-    original: nn.Module
 
     def __init__(
         self,
@@ -143,7 +110,7 @@ class OptimizedDenoiser(nn.Module):
         max_captures: int,
         options: Mapping[str, Any],
     ) -> None:
-        super().__init__()
+        super().__init__(original)
         signature = inspect.signature(original.forward)
         name = timestep or timestep_name(signature)
         if name is None or name not in signature.parameters:
@@ -152,12 +119,6 @@ class OptimizedDenoiser(nn.Module):
                 f"{repr(timestep) if timestep else 'with a usual name for the timestep'}; "
                 "pass optimize(..., timestep='its name')."
             )
-        # The dictionaries themselves are shared, so that both modules always hold the same parameters and submodules.
-        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[kind] = original.__dict__[kind]
-        self.__dict__["original"] = original
-        self.__dict__["__module__"] = type(original).__module__  # with __class__, by which pipelines name their components
-        self.training = original.training
         self._backend = backend
         self._regions = regions
         self._max_graphs = max_graphs
@@ -166,9 +127,8 @@ class OptimizedDenoiser(nn.Module):
         self._max_captures = max_captures
         self._options = dict(options)
         self._timestep = name
-        self._lock = threading.RLock()
         self._bind = Binder(original, signature, name)
-        self._captures: dict[Key, _Captured] = {}
+        self._captures: dict[Key, SignatureGraphs] = {}
         self._arenas: list[Arena] = []
         self._uncaptured: dict[Key, Uncaptured] = {}
         self._warned_uncaptured = False
@@ -212,9 +172,7 @@ class OptimizedDenoiser(nn.Module):
         with self._lock:
             for captured in self._captures.values():
                 if len(captured.graphs) > most:
-                    captured.graphs.clear()
-                    captured.whole.clear()
-                    captured.compiled.clear()
+                    captured.forget()
                     self._schedules.clear()
                     self._drop_arenas()
 
@@ -413,7 +371,7 @@ class OptimizedDenoiser(nn.Module):
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
 
-    def _serving(self, call: Call) -> _Captured:
+    def _serving(self, call: Call) -> SignatureGraphs:
         """A capture for a call unlike those before: one for any batch, if it serves or can be made, or for this alone."""
         others = {key: batch for key in self._captures if (batch := other_batch(call.key, key)) is not None}
         related = [self._captures[key] for key in others]
@@ -425,7 +383,7 @@ class OptimizedDenoiser(nn.Module):
             try:
                 if 1 in sizes.values():  # torch.export takes for granted that none is
                     check_call(captured.capture, self.original, call.args, call.kwargs)
-                return _resized(captured, sizes, call)
+                return captured.at_sizes(sizes, call)
             except Exception as error:  # of the graph, at a size of 1; what is wrong with the call itself shows below
                 reason = (str(error) or type(error).__name__).splitlines()[0]
         batches = [*others.values(), *([double_batch(call.key)] if self._dynamic else [])]
@@ -459,7 +417,7 @@ class OptimizedDenoiser(nn.Module):
             self._fingerprint = fingerprint(self.original)
             self._volatile |= changes(before, self._fingerprint)
 
-    def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> _Captured:
+    def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> SignatureGraphs:
         check_capturable(self.original)
         start = time.perf_counter()
         try:
@@ -476,12 +434,13 @@ class OptimizedDenoiser(nn.Module):
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)
         self._volatile |= made.volatile
-        found = _Captured(
+        found = SignatureGraphs(
             made.capture,
             call.key,
             describe(call),
             time.perf_counter() - start,
-            _assembler(made.capture),
+            self._backend,
+            self._options,
             self._regions and divisible(made.capture),
         )
         if batch is None:
@@ -489,7 +448,7 @@ class OptimizedDenoiser(nn.Module):
         sizes = sizes_of(made.capture, call.tensors)
         if sizes is None:
             raise CaptureError(f"{type(self.original).__name__} cannot be captured for any batch at {describe(call)}.")
-        return _resized(found, sizes, call)
+        return found.at_sizes(sizes, call)
 
     def _check_weights(self) -> bool:
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
@@ -539,7 +498,7 @@ class OptimizedDenoiser(nn.Module):
             captured = self._captures[key]
             shared = self._shared[captured.origin] = share_graphs(plans, self._shared.get(captured.origin, {}))
             known = self._schedules[key, start, leading] = Schedule(
-                plans, shared, partial(self._graph, captured), captured.assemble
+                plans, shared, partial(captured.graph, blocks=self._mask.blocks), captured.assembler()
             )
         return known
 
@@ -554,42 +513,6 @@ class OptimizedDenoiser(nn.Module):
                 self._slots[key], mask.blocks, mask.compute, mask.reuse, mask.log_snr, self._max_graphs
             )
         return self._merged[origin]
-
-    def _graph(self, captured: _Captured, key: GraphKey) -> Graph:
-        graph = captured.graphs.get(key)
-        if graph is None:
-            start = time.perf_counter()
-            found = captured.capture
-            graph = captured.graphs[key] = Graph(
-                run=self._link(captured, key) if captured.divided else self._whole(captured, key),
-                weights=(*found.graph_module.parameters(), *found.graph_module.buffers()),
-                coefficients=coefficients_like(found, key, apart=captured.divided),
-                results=len(result_nodes(found)),
-                seconds=time.perf_counter() - start,
-            )
-        return graph
-
-    def _whole(self, captured: _Captured, key: GraphKey) -> Executable:
-        if key not in captured.whole:
-            graph_module = specialise(captured.capture, key, narrow=self._backend != "eager")
-            captured.whole[key] = compile_graph(graph_module, self._backend, self._options)
-        return captured.whole[key]
-
-    def _link(self, captured: _Captured, key: GraphKey) -> Executable:
-        """The graph of ``key``, put together from its regions; those not seen before are compiled."""
-        blocks = self._mask.blocks
-        if blocks not in captured.partitions:
-            captured.partitions[blocks] = partition(captured.capture, blocks)
-        regions = select_regions(captured.capture, captured.partitions[blocks], key, narrow=self._backend != "eager")
-
-        def compiled(region: Region) -> Executable:
-            known = captured.compiled.get(region.content)
-            if known is None:
-                known = compile_region(region, captured.capture, self._backend, self._options)
-                captured.compiled[region.content] = known
-            return known
-
-        return link(captured.capture, key, regions, compiled)
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Capture the denoiser at these inputs and compile every graph of a run from the first step to the last.
@@ -707,44 +630,7 @@ class OptimizedDenoiser(nn.Module):
             t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor)
         )
 
-    # ---- looking like the original --------------------------------------------------------------------------------------
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The original's: ``isinstance`` holds for both, and a pipeline saves the component as what it loads it as."""
-        original = self.__dict__.get("original")
-        return OptimizedDenoiser if original is None else type(original)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original" not in self.__dict__:
-                raise
-            return getattr(self.original, name)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original.load_state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> OptimizedDenoiser:
-        self.original.train(mode)
-        self.training = mode
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:
-        with self._lock:
-            self.original.to(*args, **kwargs)
-            self._moved()
-        return self
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedDenoiser:
-        with self._lock:
-            self.original._apply(fn, recurse)
-            self._moved()
-        return self
+    # ---- copies ---------------------------------------------------------------------------------------------------------
 
     def _moved(self) -> None:
         """Where weights are elsewhere now, or of another dtype, no run goes on; whether captures still hold shows at the next.
@@ -779,15 +665,6 @@ class OptimizedDenoiser(nn.Module):
         return f"OptimizedDenoiser({type(self.original).__name__}, {self._mask!r}, backend={self._backend!r})"
 
 
-def _resized(captured: _Captured, sizes: Sizes, call: Call) -> _Captured:
-    """A capture for any batch, for the calls of one: nothing of it is captured or compiled again.
-
-    Graphs are looked at and counted for each batch, for what of their outputs shares memory may differ where a size is 1.
-    """
-    found = replace(captured.capture, sizes=sizes)
-    return replace(captured, capture=found, described=describe(call), graphs={}, compiled={})
-
-
 def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> OptimizedDenoiser:
     return OptimizedDenoiser(original, mask, **choices)
 
@@ -795,17 +672,3 @@ def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> Optim
 def _warn(message: str) -> None:
     """Warn at the line that called the denoiser: above _count, _try_execute, _execute, _call, forward and two of __call__."""
     warnings.warn(message, stacklevel=9)
-
-
-def _assembler(captured: Capture) -> Callable[[Sequence[Tensor]], Any]:
-    """Puts the result tensors into the structure that the original returns."""
-    leaves, spec = captured.outputs, captured.out_spec
-    if spec == pytree.tree_structure(tuple(leaves)) and all(isinstance(leaf, torch.fx.Node) for leaf in leaves):
-        return tuple
-
-    def assemble(tensors: Sequence[Tensor]) -> Any:
-        remaining = iter(tensors)
-        filled = [next(remaining) if isinstance(leaf, torch.fx.Node) else leaf for leaf in leaves]
-        return pytree.tree_unflatten(filled, spec)
-
-    return assemble

@@ -1,0 +1,67 @@
+"""What makes a module pass for another one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import nn
+
+
+class DropIn(nn.Module):
+    """Has the parameters, buffers and submodules of ``original`` (the same objects, under the same names), is of its class for
+    ``isinstance``, saves and loads its weights, moves with it, and passes every other attribute through to it.
+    """
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # The dictionaries themselves are shared, so that both modules always hold the same parameters and submodules.
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = original.__dict__[kind]
+        self.__dict__["original"] = original
+        self.__dict__["__module__"] = type(original).__module__  # with __class__, by which pipelines name their components
+        self.training = original.training
+        self._lock = threading.RLock()
+
+    def _moved(self) -> None:
+        """Called when weights may be elsewhere, or of another dtype."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The original's: ``isinstance`` holds for both, and a pipeline saves the component as what it loads it as."""
+        original = self.__dict__.get("original")
+        return type(self) if original is None else type(original)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original" not in self.__dict__:
+                raise
+            return getattr(self.original, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original.load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        self.original.train(mode)
+        self.training = mode
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        with self._lock:
+            self.original.to(*args, **kwargs)
+            self._moved()
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        with self._lock:
+            self.original._apply(fn, recurse)
+            self._moved()
+        return self
