@@ -5,7 +5,8 @@ rules, put together from compiled regions, and two of them compiled as whole gra
 run's denoiser calls each, interleaved. For the DiT also diffusers' TaylorSeer hook, which cannot be compiled whole and runs as
 it is. The realised share is (speed-up over the compiled original) / (MACs before / MACs after): 1 means that every MAC the mask
 removes is time saved, less that something was added. What the linear rule costs is measured step against step: one that
-extrapolates beside the same one that holds, as a share of a step of the compiled original.
+extrapolates beside the same one that holds, as a share of a step of the compiled original. ``--denoisers`` measures some
+anew, and keeps the rows of the others where the setting is the same.
 """
 
 from __future__ import annotations
@@ -158,6 +159,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _order(row: dict[str, Any]) -> int:
+    return list(SCHEDULES).index(row["denoiser"])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
@@ -179,6 +184,11 @@ def main(arguments: list[str] | None = None) -> None:
         f"{hardware(device='cpu')}; "
         f"median of {options.repeats} interleaved rounds after one warm-up round, spread = (max - min) / median."
     )
+    if (options.out / "latency.json").exists():
+        known = json.loads((options.out / "latency.json").read_text())
+        if known["setting"] == setting:
+            kept = [[row for row in known[kind] if row["denoiser"] not in options.denoisers] for kind in ("rows", "rule")]
+            rows, rule = (sorted([*old, *new], key=_order) for old, new in zip(kept, (rows, rule), strict=True))
     tables = f"{table(rows)}\n\nWhat extrapolating costs:\n\n{rule_table(rule)}"
     text = f"# Latency\n\n{tables}\n\n{setting}\nMade by `python -m benchmarks.latency`. No GPU table has been made yet.\n"
     options.out.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -219,24 +221,41 @@ def test_a_checkpoint_of_other_settings_is_refused(case, tmp_path):
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 import maskcompile as mc
 from tests.denoisers import denoiser
 from tests.maskcompile.test_learn import sampler, QUICK
 torch.set_num_threads(1)
 case = denoiser("unet2d")
 method = mc.Search(passes=8) if sys.argv[1] == "search" else QUICK
-mask = mc.learn(case.model, sampler(case), 0.5, method=method, seeds=(0, 1, 2), progress=False)
-import os
+options = {"checkpoint": sys.argv[3]} if len(sys.argv) > 3 else {}
+mask = mc.learn(case.model, sampler(case), 0.5, method=method, seeds=(0, 1, 2), progress=False, **options)
 mask.save(sys.argv[2] + os.environ.get("RANK", "") + ".json")
 """
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("method", ["search", "paper"])
-def test_two_processes_learn_the_mask_of_one(tmp_path, method):
-    script = tmp_path / "learn.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run_script(launch, *arguments):
+    done = subprocess.run([*launch, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "learn.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture(scope="module", params=["search", "paper"])
+def alone(request, script):
+    """(a method, the mask that a process of its own learns by it)"""
+    run_script([sys.executable], script, request.param, script.parent / request.param)
+    return request.param, mc.Mask.load(script.parent / f"{request.param}.json")
+
+
+def test_two_processes_learn_the_mask_of_one(alone, script, tmp_path):
+    method, one = alone
     launch = [
         sys.executable,
         "-m",
@@ -246,14 +265,31 @@ def test_two_processes_learn_the_mask_of_one(tmp_path, method):
         "--rdzv_backend=c10d",
         "--rdzv_endpoint=localhost:0",
     ]
-    alone = subprocess.run([sys.executable, script, method, tmp_path / "one"], env=environment, capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
-    both = subprocess.run([*launch, script, method, tmp_path / "two"], env=environment, capture_output=True, text=True)
-    assert both.returncode == 0, both.stderr
-    one, *two = (mc.Mask.load(tmp_path / f"{name}.json") for name in ("one", "two0", "two1"))
-    for mask in two:
+    run_script(launch, script, method, tmp_path / "two")
+    for mask in (mc.Mask.load(tmp_path / f"two{rank}.json") for rank in range(2)):
         assert mask == one
         assert mask.provenance == one.provenance
+
+
+def test_killed_it_comes_to_the_same_mask(alone, script, tmp_path):
+    """By SIGKILL, which nothing can catch, once something has been saved."""
+    method, one = alone
+    arguments = script, method, tmp_path / "killed", tmp_path / "checkpoint.json"
+    learning = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    written = set()
+    while len(written) < 4:
+        assert learning.poll() is None
+        if arguments[3].exists():
+            written.add(arguments[3].stat().st_mtime_ns)
+        time.sleep(0.01)
+    learning.kill()
+    assert learning.wait() == -signal.SIGKILL
+    saved = json.loads(arguments[3].read_text())["results"]
+    run_script([sys.executable], *arguments)
+    assert mc.Mask.load(tmp_path / "killed.json") == one
+    results = json.loads(arguments[3].read_text())["results"]
+    assert 0 < len(saved) < len(results)
+    assert {key: results[key] for key in saved} == saved
 
 
 def test_separate_guidance_and_two_calls_a_step(case):
