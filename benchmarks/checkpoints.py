@@ -294,9 +294,10 @@ def decoder(request: Request) -> Any:
 
 
 def scheduler_of(request: Request) -> Any:
-    """The row's kind of scheduler, configured as the folder's where there is one."""
+    """The row's kind of scheduler, configured as the folder's where there is one, but for clipping, which the row decides."""
     own = request.row.scheduler()
     for path in (request.weights / "scheduler", request.weights):
         if (path / "scheduler_config.json").exists():
-            return type(own).from_config(json.loads((path / "scheduler_config.json").read_text()))
+            clips = {"clip_sample": own.config.clip_sample} if "clip_sample" in own.config else {}
+            return type(own).from_config(json.loads((path / "scheduler_config.json").read_text()), **clips)
     return own

@@ -40,6 +40,7 @@ from benchmarks.checkpoints import Request, Sampler, default_weights, find_row, 
 from benchmarks.timing import hardware, interleaved, ratio
 from maskcompile.files import write_whole
 from maskcompile.learning.processes import Processes, launched
+from maskcompile.mask import steps_of
 
 #: index of the first picture whose noise is learned from: no sampling comes so far
 LEARNED_FROM = 10**9
@@ -52,7 +53,14 @@ def learned(sampler: Sampler, options: argparse.Namespace, processes: Processes)
     """The row's mask: ``--mask``, or the one in the folder, or a new one."""
     path = options.folder / "mask.json"
     if options.mask is not None:
-        return mc.Mask.load(options.mask)
+        mask = mc.Mask.load(options.mask)
+        steps = steps_of(sampler.scheduler.timesteps)
+        if mask.timesteps != steps:
+            raise ValueError(
+                f"{options.mask} is a mask for {mask.steps} timesteps, {mask.timesteps[0]:g} to {mask.timesteps[-1]:g}; this "
+                f"run has {len(steps)}, {steps[0]:g} to {steps[-1]:g}. Give --steps, or mask.resample it."
+            )
+        return mask
     if processes.first(path.exists()):
         return mc.Mask.load(path)
     count = options.learn_images

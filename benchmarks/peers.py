@@ -9,10 +9,10 @@ compiler caches, and the processes take turns; the table shows the fastest way, 
 content is kept also where its compiled results differ, with a line that says so. CUDA graphs, ours or Inductor's, are used in
 the rows that name their mode, and in no others.
 
-The realised share is (speed-up over the original, eager or compiled alike) / (MACs before / MACs after). Compiling is measured
-in processor seconds: those of a whole first run, less those of a later one. What is kept is the most that tensors hold between
-steps. PSNR is that of a sampling run to the original's, where the denoiser is trained. Writes ``peers.json`` and ``peers.md``,
-a table for each machine, and goes on with the denoisers that this machine has not measured yet.
+The realised share is (speed-up over the original, eager or compiled alike) / (MACs before / MACs after). What is kept is the
+most that tensors hold between steps. PSNR is that of a sampling run to the original's, where the denoiser is trained. Writes
+``peers.json`` and ``peers.md``, a table for each machine, and goes on with the denoisers that this machine has not measured
+yet.
 """
 
 from __future__ import annotations
@@ -233,12 +233,6 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
-def processor_seconds() -> float:
-    """Of this process and what it started."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
 @contextmanager
 def compiled(of: Case, variant: Variant, backend: str, options: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], Restart]]:
     """(what to call, how to begin another run) of the original or a rival under ``torch.compile``."""
@@ -290,21 +284,18 @@ def ready_to_run(
         return partial(calls, of, denoiser), restart, {}
     options: dict[str, Any] = {} if variant.compiled == "default" else {"mode": variant.compiled}
     if variant.method in OURS:
-        start = processor_seconds()  # the capture is a part of it, once for the schedule and for ``optimize``
         fast = optimised(of, variant.method, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
         denoiser, restart, expected = fast, fast.reset, None
     else:
         expected = eager_results(of, variant)
         denoiser, restart = stack.enter_context(compiled(of, variant, setup.backend, options))
-        start = processor_seconds()
     restart()
     outputs = run(of, denoiser)
-    first = processor_seconds() - start
     restart()
     outputs += run(of, denoiser)
-    if expected is None:  # not before, lest the capture be done already
+    if expected is None:
         expected = eager_results(of, variant)
-    return partial(calls, of, denoiser), restart, {"first_s": first, "note": differing(variant, outputs, expected * 2)}
+    return partial(calls, of, denoiser), restart, {"note": differing(variant, outputs, expected * 2)}
 
 
 def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads: int) -> None:
@@ -320,9 +311,7 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
             return
         execute, restart, said = ready_to_run(setup.case(), setup, variant, stack)
         restart()
-        start = processor_seconds()
         execute()
-        said["compile_s"] = said.pop("first_s") - (processor_seconds() - start) if "first_s" in said else None
         pipe.send(said)
         while pipe.recv():
             restart()
@@ -463,7 +452,7 @@ def best_of_ways(
             if v != fastest
         ]
         notes = [f"{v.how}: {s['note']}" for v, s in tried if s.get("note")]
-        row |= {"how": fastest.how, "attempts": failed + slower + notes, "compile_s": dict(tried)[fastest].get("compile_s")}
+        row |= {"how": fastest.how, "attempts": failed + slower + notes}
         row |= {"ms": 1000 * timing.median / steps, "spread": timing.spread}
         row["over_eager"] = ratio(times[best[ORIGINAL, ""].label], timing)
         by_default, alike = best.get((ORIGINAL, "default")), best.get((ORIGINAL, mode))
@@ -496,8 +485,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for each variant that ran, and lines on what did not."""
     lines = [
         "| denoiser | method | compiled | MACs | ms a step | spread | over eager | over torch.compile | realised share "
-        "| compile, CPU s | kept MiB | PSNR dB |",
-        "|" + "---|" * 12,
+        "| kept MiB | PSNR dB |",
+        "|" + "---|" * 11,
     ]
     notes = []
     for result in results:
@@ -514,7 +503,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
             how = row["how"] + ("" if row["compiled"] in ("", "default") else f", {row['compiled']}")
             cells = [shown("share", ".1%"), shown("ms", ".1f"), shown("spread", ".0%"), shown("over_eager", ".2f") + "x"]
-            cells += [shown("over_compiled", ".2f") + "x", shown("realised_share", ".3f"), shown("compile_s", ".0f")]
+            cells += [shown("over_compiled", ".2f") + "x", shown("realised_share", ".3f")]
             cells += [shown("kept_mib", ".1f"), shown("psnr", ".1f")]
             lines.append(f"| {' | '.join([result['denoiser'], name, how, *cells])} |")
     if notes:

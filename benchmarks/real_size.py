@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,7 @@ from torch import Tensor
 import maskcompile as mc
 from benchmarks import rows
 from benchmarks.models import Inputs, row_named
-from benchmarks.timing import hardware, interleaved, ratio, synchronise
+from benchmarks.timing import hardware, interleaved, ratio
 from maskcompile.files import write_whole
 from maskcompile.mask import steps_of
 
@@ -93,15 +92,6 @@ def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
     return value
 
 
-def ready(call: Callable[[], Any]) -> float:
-    """Wall seconds of a call."""
-    synchronise()
-    start = time.perf_counter()
-    call()
-    synchronise()
-    return time.perf_counter() - start
-
-
 def apart(*given: Any) -> dict[str, Any]:
     """``measure`` in a process of its own, with empty compiler caches."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -128,14 +118,10 @@ def measure(trial: Trial, repeats: int, device: str, dtype: torch.dtype, backend
     args, kwargs = calls[0]
 
     original = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-    with torch.no_grad():
-        compile_s = ready(lambda: original(*args, **kwargs))
-    start = time.perf_counter()
     program = mc.trace(model, *args, **kwargs)
     mask = trial.mask(program, timesteps)
     fast = mc.optimize(model, mask, backend=backend, cuda_graphs=False)
     fast.warmup(*args, **kwargs)
-    ours_s = time.perf_counter() - start
 
     def run_of(denoiser: Callable[..., Any]) -> Callable[[], None]:
         def run() -> None:
@@ -156,23 +142,22 @@ def measure(trial: Trial, repeats: int, device: str, dtype: torch.dtype, backend
         "graphs": cost.graphs, "seconds": {name: timing.median / len(calls) for name, timing in times.items()},
         "spread": {name: timing.spread for name, timing in times.items()},
         "over_eager": ratio(times["eager"], times["ours"]), "over_compiled": speedup, "realised_share": speedup * cost.share,
-        "ready_s": {"compiled": compile_s, "ours": ours_s},
     }  # fmt: skip
 
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
         "| row | mask | steps timed | GMACs a call | MACs kept | s a step: eager / torch.compile / ours | spread | over eager "
-        "| over torch.compile | of the MACs | realised share | s until ready: torch.compile / ours (graphs) |",
+        "| over torch.compile | of the MACs | realised share | graphs |",
         "|" + "---|" * 12,
     ]
     for r in found:
-        seconds, spread, until = r["seconds"], r["spread"], r["ready_s"]
+        seconds, spread = r["seconds"], r["spread"]
         lines.append(
             f"| {r['row']}: {r['title']} | {r['mask']} | {r['steps']} | {r['gmacs']:.1f} | {r['share']:.1%} "
             f"| {seconds['eager']:.3g} / {seconds['compiled']:.3g} / {seconds['ours']:.3g} | {max(spread.values()):.0%} "
             f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {1 / r['share']:.3f}x | {r['realised_share']:.3f} "
-            f"| {until['compiled']:.0f} / {until['ours']:.0f} ({r['graphs']}) |"
+            f"| {r['graphs']} |"
         )
     return "\n".join(lines)
 
@@ -182,16 +167,20 @@ def document(found: dict[str, Any]) -> str:
     parts = ["# Speed at real size"]
     for machine in dict.fromkeys(row["hardware"] for row in found["rows"]):
         results = [row for row in found["rows"] if row["hardware"] == machine]
-        order = [f"{trial.row} {trial.label}" for trial in MASKS]
-        results.sort(key=lambda row: order.index(f"{row['row']} {row['mask']}"))
+        order = {_key(trial): place for place, trial in enumerate(MASKS)}
+        results.sort(key=lambda row: order.get(row["key"].partition(" on ")[0], len(order)))
         parts += [
             table(results),
             f"Random weights, one picture a call (both halves of a guided one), {found['dtype']}, backend {found['backend']}; "
             f"{machine}; medians of {found['repeats']} interleaved rounds, spread = (max - min) / median, the largest of "
-            "the three. Of the MACs: MACs before / after. Until ready: wall seconds of the first call; ours of the capture and "
-            "of compiling every graph; each row in a process of its own, with empty caches.",
+            "the three. Of the MACs: MACs before / after. Compiled calls are warmed by a first step, so that graphs that reuse "
+            "run in the first round for the first time; each row in a process of its own.",
         ]
     return "\n\n".join(parts) + "\nMade by `python -m benchmarks.real_size`.\n"
+
+
+def _key(trial: Trial) -> str:
+    return f"{trial.row} {trial.label} {trial.steps} steps"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     done = rows.opened(path, given, options.fresh)
     for number, trial in enumerate(MASKS):
         machine = hardware(device=options.device)
-        key = f"{trial.row} {trial.label} on {machine}"
+        key = f"{_key(trial)} on {machine}"
         if key in done or (options.rows and trial.row not in options.rows) or (options.trials and number not in options.trials):
             continue
         dtype = getattr(torch, options.dtype)

@@ -17,6 +17,7 @@ from torch._inductor import config, list_mode_options, standalone_compile
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch.fx import GraphModule
 
+from maskcompile._version import __version__
 from maskcompile.artefacts import load_artefact, load_artefacts, save_artefacts, to_bytes
 from passes.capture import Capture
 from passes.regions import Region, only_views, region_graph, sizes_read, structure
@@ -99,7 +100,7 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
 
     Inductor is called without Dynamo, whose guards would be checked at every call and take longer than all else that one does.
     """
-    described = f"{structure(region, capture)}\n{backend!r}\n{sorted(options.items())!r}\n{_settings()}"
+    described = f"{__version__}\n{structure(region, capture)}\n{backend!r}\n{sorted(options.items())!r}\n{_settings()}"
     key = sha256(described.encode()).hexdigest()
     values = [capture.sizes[symbol] for symbol in sizes_read(region, capture)]
     known = _compiled.setdefault(key, [])

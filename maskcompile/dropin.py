@@ -21,6 +21,7 @@ class DropIn(nn.Module):
         # The dictionaries themselves are shared, so that both modules always hold the same parameters and submodules.
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = original.__dict__[kind]
+        self.__dict__["_complete"] = False  # until then all that is set is this one's own
         self.__dict__["original"] = original
         self.__dict__["__module__"] = type(original).__module__  # with __class__, by which pipelines name their components
         self.training = original.training
@@ -42,6 +43,15 @@ class DropIn(nn.Module):
             if "original" not in self.__dict__:
                 raise
             return getattr(self.original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the original has and this has not is the original's: a setting of the model, which its forward reads."""
+        original = self.__dict__.get("original")
+        own = original is None or name.startswith("__") or name in self.__dict__ or not self._complete
+        if own or not hasattr(original, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(original, name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.original.state_dict(*args, **kwargs)

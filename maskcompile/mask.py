@@ -186,7 +186,7 @@ class Mask:
 
         timesteps: in sampling order, in the mask's direction, of any number, see ``steps_of``. log_snr: at each of them; where
         the mask has a log-SNR and none is given, it is interpolated along the timesteps. Raises MaskError for timesteps in the
-        other direction and whatever ``Mask`` raises.
+        other direction or in another range, and whatever ``Mask`` raises.
         """
         new = steps_of(timesteps)
         if not new:
@@ -197,6 +197,12 @@ class Mask:
             raise MaskError(
                 f"the mask's timesteps {'fall' if sign < 0 else 'rise'} from {own[0]:g} to {own[-1]:g}; a mask cannot be "
                 f"resampled to timesteps that go the other way, {new[0]:g} to {new[-1]:g}."
+            )
+        if self.steps > 1 and (max(new) < min(self.timesteps) or min(new) > max(self.timesteps)):
+            raise MaskError(
+                f"the mask's timesteps lie between {min(own):g} and {max(own):g}, these between {min(new):g} and {max(new):g}; "
+                "give the values that the denoiser is called with, which for some pipelines (Flux, QwenImage) are "
+                "scheduler.timesteps / 1000."
             )
         snr = None if log_snr is None else _numbers(log_snr, "log_snr")
         if snr is None and self.log_snr is not None:

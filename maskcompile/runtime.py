@@ -137,6 +137,7 @@ class OptimizedDenoiser(DropIn):
         self._volatile: set[tuple[str, str]] = set()
         self.forward = self._make_forward()
         self.set_mask(mask)
+        self._complete = True
 
     # ---- masks and runs -------------------------------------------------------------------------------------------------
 
@@ -358,7 +359,7 @@ class OptimizedDenoiser(DropIn):
                 _warn(
                     f"the mask ({len(steps)} steps, {steps[0]:g} to {steps[-1]:g}) does not know {what}; such calls compute "
                     "every block. Use the scheduler and number of steps that the mask was made for, or "
-                    "fast.set_mask(mask.resample(scheduler.timesteps))."
+                    "fast.set_mask(mask.resample(timesteps)) with the timesteps that the denoiser is called with."
                 )
         elif runs.calls < len(runs.trajectories) and runs.trajectories[runs.calls].next_step < where.step:
             counts.skipped += 1
@@ -366,7 +367,7 @@ class OptimizedDenoiser(DropIn):
                 _warn(
                     f"this run skips from step {runs.trajectories[runs.calls].next_step - 1} of the mask to step {where.step}; "
                     "a step after a skip computes every block that it needs. Make the mask for the timesteps of the run, or "
-                    "call fast.set_mask(mask.resample(scheduler.timesteps))."
+                    "call fast.set_mask(mask.resample(timesteps)) with the timesteps that the denoiser is called with."
                 )
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from operator import getitem
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -20,6 +21,9 @@ aten = torch.ops.aten
 #: [start, end) each, in order, along the last dimension
 Ranges = tuple[tuple[int, int], ...]
 
+#: Share of a layer that may be read. Where it has many rows to multiply, less is saved than is spent on putting parts together.
+MOST_READ = 0.75
+
 
 def narrowed(live: Collection[Node], results: Collection[Node]) -> dict[Node, Ranges]:
     """The linear layers of a graph of which less than all is read, and what is.
@@ -28,12 +32,22 @@ def narrowed(live: Collection[Node], results: Collection[Node]) -> dict[Node, Ra
     """
     found = {}
     for node in live:
-        if node.target is aten.linear.default and node.args[1].op == "get_attr":  # type: ignore[union-attr]
+        if node.target is aten.linear.default and _plain(node):
             width = node.meta["val"].shape[-1]
             ranges = _joined(_read(node, live, results))
-            if ranges != ((0, width),):
+            if 0 < sum(end - start for start, end in ranges) <= MOST_READ * width:
                 found[node] = ranges
     return found
+
+
+def _plain(node: Node) -> bool:
+    """Whether weight and bias are parameters of the usual shapes."""
+    _, weight, *bias = node.args
+    if not isinstance(weight, Node) or weight.op != "get_attr" or node.meta["val"].dim() < 2 or node.kwargs:
+        return False
+    width = node.meta["val"].shape[-1]
+    shapes = [b.meta["val"].shape for b in bias if isinstance(b, Node)]
+    return weight.meta["val"].dim() == 2 and weight.meta["val"].shape[0] == width and all(shape == (width,) for shape in shapes)
 
 
 def narrow_linear(graph: Graph, node: Node, copies: Mapping[Node, Node], ranges: Ranges) -> Node:
@@ -59,16 +73,22 @@ def _read(node: Node, live: Collection[Node], results: Collection[Node]) -> list
         return everything
     found: list[tuple[int, int]] = []
     for user in (user for user in node.users if user in live):
+        last = value.dim() - 1
+        if user.kwargs:  # torch.export leaves none
+            return everything
         if user.target is MARK or (user.target is aten.unsqueeze.default and user.args[1] not in (-1, value.dim())):
             found += _read(user, live, results)
-        elif user.target is aten.slice.Tensor and _last(user, 1, value.dim()) and (user.args[4:] or (1,)) == (1,):
-            found += _shifted(user, _start(user, value.shape[-1]), live, results)
-        elif user.target in (aten.split.Tensor, aten.split_with_sizes.default) and _last(user, 2, value.dim()):
+        elif user.target is aten.slice.Tensor and _argument(user, 1, 0) in (-1, last) and _argument(user, 4, 1) == 1:
+            start, length = _argument(user, 2, None) or 0, value.shape[-1]
+            if not isinstance(start, int) or not isinstance(user.meta["val"].shape[-1], int):  # counted in a size of the call
+                return everything
+            found += _shifted(user, min(max(start + length if start < 0 else start, 0), length), live, results)
+        elif user.target in (aten.split.Tensor, aten.split_with_sizes.default) and _argument(user, 2, 0) in (-1, last):
             offsets = [0]
             for part in user.meta["val"]:
                 offsets.append(offsets[-1] + part.shape[-1])
             for part in (part for part in user.users if part in live):
-                if user in results or part.target is not getitem:
+                if part.target is not getitem:
                     return everything
                 found += _shifted(part, offsets[part.args[1]], live, results)  # type: ignore[index]
         else:
@@ -76,27 +96,20 @@ def _read(node: Node, live: Collection[Node], results: Collection[Node]) -> list
     return found
 
 
+def _argument(node: Node, position: int, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else default
+
+
 def _shifted(part: Node, offset: int, live: Collection[Node], results: Collection[Node]) -> list[tuple[int, int]]:
     return [(offset + start, offset + end) for start, end in _read(part, live, results)]
-
-
-def _last(node: Node, position: int, dims: int) -> bool:
-    """Whether the dimension that is an argument, 0 where it is left out, is the last."""
-    dim = node.args[position] if len(node.args) > position else 0
-    return dim in (-1, dims - 1)
-
-
-def _start(node: Node, length: int) -> int:
-    start = node.args[2] if len(node.args) > 2 else 0
-    assert start is None or isinstance(start, int)
-    start = start or 0
-    return min(max(start + length if start < 0 else start, 0), length)
 
 
 def _joined(ranges: list[tuple[int, int]]) -> Ranges:
     """In order, those that touch or overlap made one."""
     found: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
+        if start == end:
+            continue
         if found and start <= found[-1][1]:
             found[-1] = found[-1][0], max(end, found[-1][1])
         else:

@@ -34,7 +34,8 @@ def pab(
 
     ranges: n for each kind, {"spatial": 2, "temporal": 4, "cross": 6} say; a kind that is not named always computes. Kinds are
     found from the graph (``passes.attention``); attention over frames and positions together is spatial. window: timesteps
-    strictly between the two may reuse, for all kinds or for each. Raises MaskError for a kind without a block of its own.
+    strictly between the two may reuse, for all kinds or for each. Raises MaskError for a kind without a block of its own, and
+    for a window without a timestep.
     """
     check_warmup(warmup)
     steps = steps_of(timesteps)
@@ -48,6 +49,11 @@ def pab(
         if kind not in windows:
             raise MaskError(f"window names no timesteps for {kind} attention.")
         low, high = windows[kind]
+        if interval > 1 and not np.any((low < values) & (values < high)):
+            raise MaskError(
+                f"no timestep lies in the window {low:g} to {high:g} of {kind} attention: they are between {values.min():g} "
+                f"and {values.max():g}. Give window= in the values that the denoiser is called with."
+            )
         runs = (index < warmup) | (index % interval == 0) | ~((low < values) & (values < high))
         compute[:, [blocks.get(name) == kind for name in program.names]] = runs[:, None]
     provenance = {

@@ -589,13 +589,15 @@ def test_compvis_checkpoints_without_conditions(folders, tmp_path):
         assert torch.allclose(sampler.denoiser.mid_block.attentions[0](x), x + out.reshape(x.shape), atol=1e-4)
 
 
-def test_the_bundled_denoisers(tmp_path):
+def test_the_bundled_denoisers(tmp_path, capsys):
     """The row runs without --weights; guidance, which it does not have, is refused."""
     blocks = [f"transformer_blocks.{i}.{part}" for i in range(8) for part in ("attn1", "ff")]
     timesteps = checkpoints.load(checkpoints.Request(_row("reference-dit", 3), tmp_path)).scheduler.timesteps
     mc.Mask([[True] * 16, [False] * 16, [True] * 16], blocks=blocks, timesteps=timesteps).save(tmp_path / "given.json")
     given = ["reference-dit", *QUICK, "--steps", "3", "--images", "2", "--mask", tmp_path / "given.json", "--out", tmp_path]
     assert paper.main([str(a) for a in [*given, "--guidance", "2"]]) == 1
+    assert paper.main([str(a) for a in [*given, "--steps", "4"]]) == 1
+    assert "is a mask for 3 timesteps" in capsys.readouterr().err
     run(*given, "--no-original")
     found = result(tmp_path, "reference-dit")[1]
     assert found["speed"]["share"] == pytest.approx(2 / 3, abs=0.01)

@@ -56,14 +56,22 @@ def test_the_table(small, tmp_path, capsys):
 def test_calls_at_another_timestep(name):
     """Of every row measured: only what means the timestep is another."""
     model, inputs = models.one_picture(models.row_named(name))
-    kwargs = inputs[1]
-    place = kwargs["timestep"] if "timestep" in kwargs else inputs[0][1]
+    inputs = tuple(real_size.moved(part, "meta", torch.float32) for part in inputs)
     args, kwargs = real_size.at(inputs, 7)
-    given = kwargs["timestep"] if "timestep" in kwargs else args[1]
-    assert given.shape == place.shape
-    assert given.dtype == place.dtype
-    assert "timestep" not in (inputs[1].keys() - kwargs.keys())
-    others = [a is b for a, b in zip(args, inputs[0], strict=True)]
-    assert others.count(False) == (0 if "timestep" in kwargs else 1)
+    before = {**dict(enumerate(inputs[0])), **inputs[1]}
+    changed = [place for place, value in {**dict(enumerate(args)), **kwargs}.items() if value is not before[place]]
+    assert changed == (["timestep"] if name == "pixart" else [1])
+    given = kwargs["timestep"] if name == "pixart" else args[1]
+    assert (given.shape, given.dtype) == (before[changed[0]].shape, before[changed[0]].dtype)
     with torch.device("meta"), torch.no_grad():
         model(*args, **kwargs)
+
+
+def test_the_timestep_is_the_one_asked_for():
+    (x, t, y), kwargs = real_size.at(((torch.randn(2), torch.full((2,), 999), torch.ones(2)), {}), 7)
+    assert t.tolist() == [7, 7]
+    assert not kwargs
+    _, kwargs = real_size.at(((torch.randn(2),), {"timestep": torch.tensor(999), "mask": y}), 7)
+    assert kwargs["timestep"] == 7
+    assert kwargs["mask"] is y
+    assert x.shape == y.shape

@@ -58,6 +58,9 @@ def test_any_layout_is_the_executor(name):
     compute[:2], compute[-1] = True, False
     held = check(case, fast, full.replace(compute), calls)
     extrapolated = check(case, fast, full.replace(compute, reuse="linear", log_snr=LOG_SNR), calls)
+    divided = mc.optimize(case.model, full, backend="eager", regions=True)
+    for a, b in zip(check(case, divided, full.replace(compute), calls)[-1], held[-1], strict=True):
+        assert torch.equal(a, b)
     # The blocks must matter, or the comparisons above would pass whatever a mask does.
     assert not torch.equal(held[-1][0], plain[-1][0])
     assert not torch.equal(held[-1][0], extrapolated[-1][0])

@@ -223,14 +223,18 @@ def test_a_checkpoint_of_other_settings_is_refused(case, tmp_path):
 SCRIPT = """
 import os, sys, torch
 import maskcompile as mc
+from maskcompile.learning.memo import Memo
 from tests.denoisers import denoiser
 from tests.maskcompile.test_learn import sampler, QUICK
 torch.set_num_threads(1)
 case = denoiser("unet2d")
 method = mc.Search(passes=8) if sys.argv[1] == "search" else QUICK
 options = {"checkpoint": sys.argv[3]} if len(sys.argv) > 3 else {}
+writes, write = [], Memo.__setitem__
+Memo.__setitem__ = lambda memo, key, value: (writes.append(key), write(memo, key, value))
 mask = mc.learn(case.model, sampler(case), 0.5, method=method, seeds=(0, 1, 2), progress=False, **options)
 mask.save(sys.argv[2] + os.environ.get("RANK", "") + ".json")
+print(len(writes))
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -238,6 +242,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def run_script(launch, *arguments):
     done = subprocess.run([*launch, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -272,24 +277,26 @@ def test_two_processes_learn_the_mask_of_one(alone, script, tmp_path):
 
 
 def test_killed_it_comes_to_the_same_mask(alone, script, tmp_path):
-    """By SIGKILL, which nothing can catch, once something has been saved."""
+    """By SIGKILL, which nothing can catch, once something has been saved; what was saved is not computed again."""
     method, one = alone
-    arguments = script, method, tmp_path / "killed", tmp_path / "checkpoint.json"
+    checkpoint = tmp_path / "checkpoint.json"
+    arguments = script, method, tmp_path / "killed", checkpoint
     learning = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    written = set()
-    while len(written) < 4:
-        assert learning.poll() is None
-        if arguments[3].exists():
-            written.add(arguments[3].stat().st_mtime_ns)
-        time.sleep(0.01)
-    learning.kill()
+    try:
+        deadline = time.monotonic() + 300
+        while not checkpoint.exists() or len(json.loads(checkpoint.read_text())["results"]) < 2:
+            assert learning.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        learning.kill()
     assert learning.wait() == -signal.SIGKILL
-    saved = json.loads(arguments[3].read_text())["results"]
-    run_script([sys.executable], *arguments)
+    saved = json.loads(checkpoint.read_text())["results"]
+    writes = int(run_script([sys.executable], *arguments))
     assert mc.Mask.load(tmp_path / "killed.json") == one
-    results = json.loads(arguments[3].read_text())["results"]
-    assert 0 < len(saved) < len(results)
+    results = json.loads(checkpoint.read_text())["results"]
     assert {key: results[key] for key in saved} == saved
+    assert writes == len(results) - len(saved) > 0
 
 
 def test_separate_guidance_and_two_calls_a_step(case):

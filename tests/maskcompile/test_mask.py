@@ -261,6 +261,10 @@ def test_resampling_a_late_or_wrong_run():
         mask.resample([])
     with pytest.raises(mc.MaskError, match="without repeats"):
         mask.resample([900, 300, 900])
+    with pytest.raises(
+        mc.MaskError, match=r"between 300 and 900, these between 0\.3 and 0\.9; give the values that the denoiser is"
+    ):
+        mask.resample([0.9, 0.3])
 
 
 @pytest.mark.parametrize("kind", ["DDIM", "PNDM", "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import maskcompile as mc
-from maskcompile import artefacts, runtime
+from maskcompile import artefacts, graphs
 from maskcompile import compile as compiling
 from passes.regions import region_graph, value_of
 from tests.denoisers import TINY, denoiser, tensors_of
@@ -153,7 +153,7 @@ def test_regions_get_what_they_were_compiled_for(name, monkeypatch):
         assert len(returned) == len(region.outputs)
         return run
 
-    monkeypatch.setattr(runtime, "compile_region", checked)
+    monkeypatch.setattr(graphs, "compile_region", checked)
     case = denoiser(name)
     args, kwargs = case.inputs(case.batch, TIMESTEPS[0], 0)
     program = mc.trace(case.model, *args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskcompile as mc
+from maskcompile import compile as compiling
 from passes.plan import plan_run
 from passes.specialise import specialise
-from tests.denoisers import denoiser
+from tests.denoisers import denoiser, tensors_of
+from tests.executor import Executor
 
 
 def graphs(program, compute):
@@ -101,13 +105,15 @@ def macs_of_modulation(read, bias=True):
     [
         (lambda m, x: x * m[:, None, 2:6], 4),
         (lambda m, x: x * m[:, None, -4:], 4),
-        (lambda m, x: x * m[:, None, -6:-2] + m[:, None, 4:8], 6 - 2 + 2),
+        (lambda m, x: x * m[:, None, -6:-2] + m[:, None, 4:8], 4),
         (lambda m, x: x * m.unsqueeze(1)[..., :4] + m.unsqueeze(1)[..., 8:], 8),
         (lambda m, x: x * m.split([2, 4, 6], dim=1)[1][:, None], 4),
         (lambda m, x: x * m.chunk(3, dim=-1)[0].chunk(2, dim=-1)[1].repeat(1, 2)[:, None], 2),
         (lambda m, x: x * m.chunk(3, dim=-1)[2][:, None] * m.mean(), 12),
         (lambda m, x: x * m.chunk(2, dim=0)[0][:, None, :4], 12),
         (lambda m, x: x * m[:, None, ::3], 12),
+        (lambda m, x: x * m[:, None, 1:5] + m[:, None, 5:9], 8),
+        (lambda m, x: x * m[:, None, 1:5] + m[:, 1:11].sum(), 12),  # nearly all of it
         (lambda m, x: (x * m[:, None, :4], m)[0], 4),
     ],
 )
@@ -131,3 +137,59 @@ def test_what_leaves_the_graph_is_whole():
     assert any(output.shape == (2, 12) for output in run(narrow)[0])
     for a, b in zip(run(plain)[0], run(narrow)[0], strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Odd(nn.Module):
+    """Linear layers of unusual weights, parts of which are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4))
+        self.vector, self.weight = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(12, 4))
+        self.one = nn.Parameter(torch.randn(1))
+
+    def forward(self, sample, timestep):
+        rows = nn.functional.linear(sample * timestep, self.vector)  # [2, 12]
+        wide = nn.functional.linear(sample[:, 0] * timestep, self.weight, self.one)
+        plain = nn.functional.linear(sample[0, 0], self.weight)
+        computed = nn.functional.linear(sample[:, 0], self.weight * 2)
+        parts = rows[:, 2:6] + wide[:, :4] + plain[:4] + computed[:, :4] + wide[:, 3:3].sum()
+        return self.body(sample) * parts[:, None]
+
+
+def test_unusual_layers_stay_as_they_are():
+    program = mc.trace(Odd().eval(), torch.randn(2, 12, 4), torch.tensor(0.5), blocks=["body"])
+    for plain, narrow in graphs(program, rows(program, lambda name: True)):
+        (expected, macs), (found, same) = run(plain), run(narrow)
+        torch.testing.assert_close(expected[0], found[0])
+        assert same == macs
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_regions_narrow_too(batch, dtype, monkeypatch):
+    """Of what is compiled, region by region, for any batch: the MACs that are really computed."""
+    monkeypatch.setattr(compiling, "_compiled", {})
+    torch._dynamo.reset()
+    case = copy.deepcopy(denoiser("dit"))
+    case.model.to(dtype)
+    calls = []
+    for step, timestep in enumerate((901, 701)):
+        args, kwargs = case.inputs(batch, timestep, step)
+        calls.append(([x.to(dtype) for x in args], kwargs))
+    args, kwargs = calls[0]
+    program = mc.trace(case.model, *args, **kwargs)
+    mask = mc.Mask([[True] * 4, [False] * 4], blocks=program.names, timesteps=(901, 701))
+    fast = mc.optimize(case.model, mask, backend=lambda graph, inputs: graph, dynamic=True)
+    executor = Executor(case.model, mask.blocks, mask.compute)
+    for _ in range(2):
+        for step, (args, kwargs) in enumerate(calls):
+            with FlopCounterMode(display=False) as counter:
+                ours = fast(*args, **kwargs)
+            theirs = executor.step(step, *args, **kwargs)
+            for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+                torch.testing.assert_close(a, b)
+    assert fast.report().signatures[0].regions
+    plan = plan_run(program.slots, program.names, mask.compute, ["hold"] * 4)[1]
+    width, layers = 16, 2
+    assert plan.macs - counter.get_total_flops() // 2 == 4 * layers * batch * width * width

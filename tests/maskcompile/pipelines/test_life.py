@@ -279,7 +279,8 @@ def test_a_mask_of_50_steps_in_a_run_of_30():
         assert torch.equal(run(pipe, num_inference_steps=30), original)
     assert [str(w.message) for w in said if "mask" in str(w.message)] == [
         "the mask (50 steps, 980 to 0) does not know timestep 957; such calls compute every block. Use the scheduler and number of "
-        "steps that the mask was made for, or fast.set_mask(mask.resample(scheduler.timesteps))."
+        "steps that the mask was made for, or fast.set_mask(mask.resample(timesteps)) with the timesteps that the denoiser is called "
+        "with."
     ]
     report = pipe.unet.report()
     assert report.unknown_timesteps == len(set(thirty) - set(fifty)) == 28
@@ -317,3 +318,51 @@ def test_undo():
     assert pipe.unet is model
     assert type(pipe.unet) is diffusers.UNet2DConditionModel
     assert "forward" not in vars(model)
+
+
+def test_warmed_up_before_the_pipeline_first_runs():
+    """cache_context puts a registry of hooks on the denoiser at its first call; it holds none, and nothing is captured again."""
+    pipe, run = TINY["flux"]()
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    run(pipe)
+    hook.remove()
+    fresh = copy.deepcopy(pipe.transformer)
+    vars(fresh).pop("_diffusers_hook", None)
+    mask = random_mask(mc.Mask.full(mc.block_names(fresh), [float(kwargs["timestep"][0]) for _, kwargs in calls]), 1)
+    pipe.transformer = mc.optimize(fresh, mask, backend="eager")
+    pipe.transformer.warmup(*calls[0][0], **calls[0][1])
+    assert "_diffusers_hook" not in vars(fresh)
+    sampled = run(pipe)
+    assert "_diffusers_hook" in vars(fresh)
+    report = pipe.transformer.report()
+    assert (report.recaptures, len(report.signatures), report.unknown_timesteps) == (0, 1, 0)
+    assert report.reusing_calls > 0
+    pipe.transformer = HookedDenoiser(fresh, mask)
+    assert torch.equal(run(pipe), sampled)
+
+
+def test_a_setting_given_to_the_drop_in_is_the_originals():
+    """As LoRA scales, attention settings and flags are set by code that holds the denoiser."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.scale = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), 1.0
+
+        def forward(self, sample, timestep):
+            return self.body(sample) * self.scale
+
+    model = Scaled().eval()
+    fast = mc.optimize(model, mc.Mask.full(["body"], [2.0, 1.0]), backend="eager")
+    sample = torch.randn(2, 4)
+    before = fast(sample, torch.tensor(2.0))
+    fast.scale = 3.0
+    assert model.scale == 3.0
+    assert "scale" not in vars(fast)
+    assert torch.equal(fast(sample, torch.tensor(2.0)), 3 * before)
+    fast.note = "mine"  # which the original does not have
+    assert not hasattr(model, "note")

@@ -101,6 +101,10 @@ def test_kinds_without_a_block_are_named():
         mc.schedules.pab(small("dit"), [2, 1], {"spatial": 0})
     with pytest.raises(mc.MaskError, match="no timesteps for spatial attention"):
         mc.schedules.pab(small("dit"), [2, 1], {"spatial": 2}, {"cross": (1, 2)})
+    with pytest.raises(
+        mc.MaskError, match=r"no timestep lies in the window 100 to 800 of spatial attention: .*between 0\.1 and 0\.9"
+    ):
+        mc.schedules.pab(small("dit"), [0.9, 0.1], {"spatial": 2})
 
 
 @cache
