@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -53,11 +54,14 @@ class Processes:
 
 _GROUP: list[Any] = []
 
+#: How long processes wait for each other: one may have hours of sampling left when another is done.
+PATIENCE = timedelta(days=7)
+
 
 def _group() -> Any:
     """A group for Python objects in main memory: NCCL, which GPUs use, has none."""
     if not _GROUP:
-        _GROUP.append(dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else dist.group.WORLD)
+        _GROUP.append(dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_backend() != "gloo" else dist.group.WORLD)
     return _GROUP[0]
 
 
@@ -66,7 +70,7 @@ def launched() -> Iterator[Processes]:
     """The processes that a launcher started, alone where there was none; connects them where nobody did."""
     connected = False
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
         connected = True
     try:
         yield Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes()

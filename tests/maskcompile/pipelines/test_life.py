@@ -366,3 +366,27 @@ def test_a_setting_given_to_the_drop_in_is_the_originals():
     assert torch.equal(fast(sample, torch.tensor(2.0)), 3 * before)
     fast.note = "mine"  # which the original does not have
     assert not hasattr(model, "note")
+
+
+def test_lora_by_the_pipelines_own_functions(tmp_path):
+    """load_lora_weights from a file, set_adapters, disable, unload_lora_weights."""
+    peft = pytest.importorskip("peft")
+    pipe, run, mask, fast = optimised()
+    before = assert_is_the_executor(pipe, run, mask)
+    for name in ("first", "second"):
+        donor = copy.deepcopy(fast.original)
+        donor.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        layers = peft.get_peft_model_state_dict(donor)
+        diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / name, unet_lora_layers=layers)
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+    sampled = []
+    for names, weights in ((["first"], [1.0]), (["first"], [0.5]), (["second"], [1.0]), (["first", "second"], [1.0, 0.5])):
+        pipe.set_adapters(names, weights)
+        assert pipe.get_active_adapters() == names
+        sampled.append(assert_is_the_executor(pipe, run, mask))
+    assert not any(torch.equal(a, b) for i, a in enumerate([before, *sampled]) for b in sampled[i:])
+    pipe.disable_lora()
+    assert torch.equal(assert_is_the_executor(pipe, run, mask), before)
+    pipe.unload_lora_weights()
+    assert torch.equal(assert_is_the_executor(pipe, run, mask), before)
+    assert pipe.unet is fast
