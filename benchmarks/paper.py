@@ -49,18 +49,24 @@ STRIDE = 617
 VARIANTS = ("original", "masked")
 
 
-def learned(sampler: Sampler, options: argparse.Namespace, processes: Processes) -> mc.Mask:
-    """The row's mask: ``--mask``, or the one in the folder, or a new one."""
+def given_mask(sampler: Sampler, path: Path | None) -> mc.Mask | None:
+    """The mask of a file. Raises ValueError where it is for other timesteps, whose run would reuse next to nothing."""
+    if path is None:
+        return None
+    mask, steps = mc.Mask.load(path), steps_of(sampler.scheduler.timesteps)
+    if mask.timesteps != steps:
+        raise ValueError(
+            f"{path} is a mask for {mask.steps} timesteps, {mask.timesteps[0]:g} to {mask.timesteps[-1]:g}; this run has "
+            f"{len(steps)}, {steps[0]:g} to {steps[-1]:g}. Give --steps, or mask.resample it."
+        )
+    return mask
+
+
+def learned(sampler: Sampler, given: mc.Mask | None, options: argparse.Namespace, processes: Processes) -> mc.Mask:
+    """The row's mask: the one that is given, or the one in the folder, or a new one."""
     path = options.folder / "mask.json"
-    if options.mask is not None:
-        mask = mc.Mask.load(options.mask)
-        steps = steps_of(sampler.scheduler.timesteps)
-        if mask.timesteps != steps:
-            raise ValueError(
-                f"{options.mask} is a mask for {mask.steps} timesteps, {mask.timesteps[0]:g} to {mask.timesteps[-1]:g}; this "
-                f"run has {len(steps)}, {steps[0]:g} to {steps[-1]:g}. Give --steps, or mask.resample it."
-            )
-        return mask
+    if given is not None:
+        return given
     if processes.first(path.exists()):
         return mc.Mask.load(path)
     count = options.learn_images
@@ -232,6 +238,7 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
     request = Request(row, weights, options.device, getattr(torch, options.dtype), options.prompts, options.heads)
     check_real(options)
     sampler = load(request)
+    given = given_mask(sampler, options.mask)
     options.folder = options.out / row.name
     path = options.folder / "result.json"
     if processes.rank == 0:
@@ -240,7 +247,7 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
             _clear(options.folder)
         done = rows.opened(path, settings(sampler, options), options.fresh)
     processes.gather({})  # nobody goes on before the folder is as it should be
-    mask = learned(sampler, options, processes)
+    mask = learned(sampler, given, options, processes)
     variants = compiled_alike(sampler.denoiser, mask, options)
     fast = variants["masked"]
     for name in VARIANTS if options.original else ("masked",):

@@ -57,3 +57,28 @@ def test_pipelines_sample_what_the_executor_does(name):
         assert fast.cache_bytes == 0
     setattr(pipe, at, fast.original)
     assert torch.equal(run(pipe), original)
+
+
+@pytest.mark.parametrize("name", ["ddim", "flux_distilled"])
+def test_the_default_backend(name):
+    """What a user gets who says nothing: compiled regions, of a UNet and of a transformer with joint attention."""
+    pipe, run = TINY[name]()
+    at = "unet" if hasattr(pipe, "unet") else "transformer"
+    model = getattr(pipe, at)
+    original, timesteps, _ = recorded(pipe, at, run)
+    mask = random_mask(mc.Mask.full(mc.block_names(model), timesteps), 1, reuse="linear")
+    mc.optimize(pipe, mask)
+    fast = getattr(pipe, at)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")
+        sampled = run(pipe)
+    report = fast.report()
+    assert report.backend == "inductor"
+    assert report.signatures[0].regions
+    assert report.reusing_calls > 0
+    setattr(pipe, at, HookedDenoiser(model, mask))
+    expected = run(pipe)
+    setattr(pipe, at, model)
+    apart = (sampled - expected).abs().max()
+    assert apart < 1e-3 * expected.abs().max()
+    assert apart < 0.1 * (sampled - original).abs().max()

@@ -322,7 +322,7 @@ def test_undo():
 
 def test_warmed_up_before_the_pipeline_first_runs():
     """cache_context puts a registry of hooks on the denoiser at its first call; it holds none, and nothing is captured again."""
-    pipe, run = TINY["flux"]()
+    pipe, run = TINY["flux_guided_separately"]()
     pipe.transformer = copy.deepcopy(pipe.transformer)
     calls = []
     hook = pipe.transformer.register_forward_pre_hook(
