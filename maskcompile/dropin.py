@@ -47,7 +47,7 @@ class DropIn(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """What the original has and this has not is the original's: a setting of the model, which its forward reads."""
         original = self.__dict__.get("original")
-        own = original is None or name.startswith("__") or name in self.__dict__ or not self._complete
+        own = original is None or not self._complete or name in self.__dict__ or hasattr(nn.Module, name)
         if own or not hasattr(original, name):
             super().__setattr__(name, value)
         else:

@@ -366,6 +366,8 @@ def test_a_setting_given_to_the_drop_in_is_the_originals():
     assert torch.equal(fast(sample, torch.tensor(2.0)), 3 * before)
     fast.note = "mine"  # which the original does not have
     assert not hasattr(model, "note")
+    fast._compiled_call_impl = None  # of every module
+    assert "_compiled_call_impl" not in vars(model)
 
 
 def test_lora_by_the_pipelines_own_functions(tmp_path):
