@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,6 +42,9 @@ class _Compiled:
 #: What was compiled of regions in this process, by structure, backend and options: other masks, captures and denoisers with
 #: equal layers need not compile them again. Several for sizes that one cannot serve.
 _compiled: dict[str, list[_Compiled]] = {}
+
+#: Where Inductor says what it cannot save; whoever asks for a file is told by ``save_compiled``.
+_saving = logging.getLogger("torch._inductor.standalone_compile")
 
 #: Ends the name of the guards of what was saved under the rest of it.
 GUARDS = ".guards"
@@ -132,9 +136,15 @@ def _standalone(graph_module: GraphModule, options: Mapping[str, Any]) -> tuple[
     """A graph compiled by Inductor, and what that takes for granted of its sizes."""
     likes = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
-    run = standalone_compile(
-        graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
-    )
+    level = _saving.level
+    if config.force_disable_caches:  # or it says of every region that it cannot be saved
+        _saving.setLevel(logging.ERROR)
+    try:
+        run = standalone_compile(
+            graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
+        )
+    finally:
+        _saving.setLevel(level)
     return run, code_of(guards_in(likes[-1].node.shape_env, symbols, least=1), symbols) if symbols else ""
 
 
