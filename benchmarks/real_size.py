@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import maskcompile as mc
 from benchmarks import rows
@@ -81,15 +82,10 @@ def at(inputs: Inputs, timestep: float) -> Inputs:
     return (args[0], torch.full_like(args[1], timestep), *args[2:]), kwargs
 
 
-def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
-    """Tensors within tuples and dictionaries, on the device, floating-point ones of the dtype."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, tuple):
-        return tuple(moved(x, device, dtype) for x in value)
-    if isinstance(value, dict):
-        return {key: moved(x, device, dtype) for key, x in value.items()}
-    return value
+def moved(inputs: Inputs, device: str, dtype: torch.dtype) -> Inputs:
+    """The same on a device, floating-point tensors of a dtype."""
+    found: Inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), inputs)
+    return found
 
 
 def apart(*given: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_the_table(small, tmp_path, capsys):
 def test_calls_at_another_timestep(name):
     """Of every row measured: only what means the timestep is another."""
     model, inputs = models.one_picture(models.row_named(name))
-    inputs = tuple(real_size.moved(part, "meta", torch.float32) for part in inputs)
+    inputs = real_size.moved(inputs, "meta", torch.float32)
     args, kwargs = real_size.at(inputs, 7)
     before = {**dict(enumerate(inputs[0])), **inputs[1]}
     changed = [place for place, value in {**dict(enumerate(args)), **kwargs}.items() if value is not before[place]]
@@ -68,10 +68,9 @@ def test_calls_at_another_timestep(name):
 
 
 def test_the_timestep_is_the_one_asked_for():
-    (x, t, y), kwargs = real_size.at(((torch.randn(2), torch.full((2,), 999), torch.ones(2)), {}), 7)
+    (_, t, y), kwargs = real_size.at(((torch.randn(2), torch.full((2,), 999), torch.ones(2)), {}), 7)
     assert t.tolist() == [7, 7]
     assert not kwargs
     _, kwargs = real_size.at(((torch.randn(2),), {"timestep": torch.tensor(999), "mask": y}), 7)
     assert kwargs["timestep"] == 7
     assert kwargs["mask"] is y
-    assert x.shape == y.shape
