@@ -101,7 +101,7 @@ class Report:
                 f"  NOT IN THE MASK {self.unknown_timesteps} calls had a timestep the mask does not know: computed in full"
             )
         if self.skips:
-            lines.append(f"  SKIPPED STEPS  {self.skips} times; the step after a skip computes every block that it needs")
+            lines.append(f"  SKIPPED STEPS  {self.skips} times; the step after a skip computes more than its row of the mask")
         if self.recaptures:
             lines.append(f"  CAPTURED AGAIN {self.recaptures} times: weights, modules or settings had been replaced")
         if self.recorded:

@@ -5,12 +5,14 @@ one, or one out of another scheduler tensor, starts a new run. The same timestep
 (a separate pass for guidance, the second call of a 2nd-order solver), with a cache of its own, or the start of another run
 after one that stopped there; which of the two shows only at the next steps. So trajectories go on only where the last two
 steps had equally many calls (the first step of a run: one call), and else start over with an empty cache: what they lack is
-computed. So does a run that skips steps, changes its input shapes, or was not at the step before.
+computed. So does a run that changes its input shapes, was not at the step before, or skips steps of the mask; but where the
+timesteps are elements of a scheduler's tensor, that says beforehand which steps a run takes, and it may leave some out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,9 @@ from maskcompile.mask import Mask
 from maskcompile.replay import Lease
 from maskcompile.signature import Key
 from maskcompile.steps import Schedule
+
+#: Steps of the mask in the order of a run, rising. The first may be None: one that the mask does not know.
+Course = tuple[int | None, ...]
 
 #: Trajectories at one timestep before further calls are taken for new runs (somebody timing one step in a loop).
 MOST_TRAJECTORIES = 8
@@ -62,22 +67,32 @@ class Where(NamedTuple):
 class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
-    key: of the capture. schedule: that it follows. position: plans of it executed so far. next_step: the mask's step that
-    continues it. cache: see ``maskcompile.steps`` and ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of
-    its own.
+    key: of the capture. schedule: that it follows. course: the mask's steps, one a plan. position: plans executed so
+    far. cache: see ``maskcompile.steps`` and ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of its own.
     """
 
     key: Key
     schedule: Schedule | ModuleRun
-    position: int
-    next_step: int
-    cache: tuple[Any, ...]
+    course: Course
+    position: int = 0
+    cache: tuple[Any, ...] = ()
     lease: Lease | None = None
 
     @property
+    def next_step(self) -> int | None:
+        """The mask's step that continues it."""
+        return None if self.finished else self.course[self.position]
+
+    @property
     def finished(self) -> bool:
-        """Whether it has come to the mask's last step."""
-        return isinstance(self.schedule, Schedule) and self.position >= len(self.schedule.plans)
+        """Whether it has come to its last step."""
+        return self.position >= len(self.course)
+
+    def skips(self, step: int) -> bool:
+        """Whether the mask has steps between the last one taken and this one."""
+        last = self.course[self.position - 1]
+        due = self.next_step if last is None else last + 1
+        return due is not None and due < step
 
 
 class Runs(NamedTuple):
@@ -137,8 +152,36 @@ def locate(clock: Clock, timestep: Tensor, last: Where | None) -> Where:
         value = float(first)
     if last is not None and value == last.value:
         return Where(last.step, last.order, value, source)
-    step = clock.step(value, torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0)
+    step = clock.step(value, _tolerance(timestep))
     return Where(step, clock.order(value if step is None else float(clock.known[step])), value, source)
+
+
+def course_of(clock: Clock, where: Where, timestep: Tensor) -> Course:
+    """The steps of the mask that a run takes which begins at ``where``.
+
+    Those of the scheduler's tensor where it names steps of the mask alone, in their order: it may leave some out, and end
+    early. Else all from there on, and None before them where the mask does not know the first timestep.
+    """
+    if where.step is None:
+        return None, *range(clock.following(where.order), len(clock.known))
+    onwards = tuple(range(where.step, len(clock.known)))
+    if where.source is None or where.source.values is None:
+        return onwards
+    named: list[int] = []
+    for value in where.source.values.tolist():
+        step = clock.step(value, _tolerance(timestep))
+        if step is None:
+            return onwards
+        if not named or step != named[-1]:  # a 2nd-order solver's tensor has its timesteps twice
+            named.append(step)
+    if where.step not in named or any(after < before for before, after in pairwise(named)):
+        return onwards
+    return tuple(named[named.index(where.step) :])
+
+
+def _tolerance(timestep: Tensor) -> float:
+    """The rounding of its dtype, relative."""
+    return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
 
 
 def advance(runs: Runs, where: Where) -> Runs:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +36,7 @@ from maskcompile.graphs import SignatureGraphs
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.replay import MOST_ARENAS, Arena, Lease, LeaseLost, addresses, obstacle
 from maskcompile.report import Report, SignatureReport
-from maskcompile.runs import Clock, Runs, Trajectory, Where, advance, commit, current, locate
+from maskcompile.runs import Clock, Course, Runs, Trajectory, Where, advance, commit, course_of, current, locate
 from maskcompile.signature import (
     Binder,
     Bound,
@@ -158,7 +159,7 @@ class OptimizedDenoiser(DropIn):
                 self._marked = marked | set(mask.blocks)
             self._mask = mask
             self._clock = Clock(mask)
-            self._schedules: dict[tuple[Key, int, bool], Schedule] = {}
+            self._schedules: dict[tuple[Key, Course], Schedule] = {}
             self._drop_arenas()
             self._slots: dict[Key, Slots] = {}
             self._merged: dict[Key, NDArray[np.bool_]] = {}
@@ -239,13 +240,11 @@ class OptimizedDenoiser(DropIn):
                         own, runs = self._threads.own, advance(Runs(), where)
                     if call.key not in self._captures and call.key not in self._uncaptured:
                         self._try_capture(self._bind.bind(args, kwargs))
-                    trajectory = self._begin(call, where, runs)
+                    trajectory = self._begin(call, timestep, where, runs)
         try:
             step, outputs, cache = self._step(trajectory, call.tensors)
             self._count(runs, where, step.reuses)
-            next_step = trajectory.next_step if where.step is None else where.step + 1
-            position = trajectory.position + 1
-            own.runs = commit(runs, Trajectory(call.key, trajectory.schedule, position, next_step, cache, trajectory.lease))
+            own.runs = commit(runs, trajectory._replace(position=trajectory.position + 1, cache=cache))
         except BaseException:
             if trajectory.lease is not None:  # what the run needs may be overwritten
                 trajectory.lease.end()
@@ -284,15 +283,14 @@ class OptimizedDenoiser(DropIn):
             del self._callers[next(iter(self._callers))]
         return last == thread
 
-    def _begin(self, call: Bound, where: Where, runs: Runs) -> Trajectory:
+    def _begin(self, call: Bound, timestep: Tensor, where: Where, runs: Runs) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache. runs: of this thread, as they are then."""
         self._use(call.key)
-        start = self._clock.following(where.order) if where.step is None else where.step
-        leading = where.step is None
+        course = course_of(self._clock, where, timestep)
         if call.key in self._uncaptured:
-            return Trajectory(call.key, self._module_run(call.key, start, leading), 0, start, ())
-        schedule = self._schedule(call.key, start, leading)
-        return Trajectory(call.key, schedule, 0, start, (), self._lease(call, schedule, runs))
+            return Trajectory(call.key, self._module_run(call.key, course), course)
+        schedule = self._schedule(call.key, course)
+        return Trajectory(call.key, schedule, course, lease=self._lease(call, schedule, runs))
 
     def _lease(self, call: Bound, schedule: Schedule, runs: Runs) -> Lease | None:
         """Memory to replay a run on; None where nothing is replayed, or as many runs as can be are in progress."""
@@ -361,13 +359,16 @@ class OptimizedDenoiser(DropIn):
                     "every block. Use the scheduler and number of steps that the mask was made for, or "
                     "fast.set_mask(mask.resample(timesteps)) with the timesteps that the denoiser is called with."
                 )
-        elif runs.calls < len(runs.trajectories) and runs.trajectories[runs.calls].next_step < where.step:
+        elif runs.calls < len(runs.trajectories) and runs.trajectories[runs.calls].skips(where.step):
             counts.skipped += 1
             if counts.unknown + counts.skipped == 1:
+                before = runs.trajectories[runs.calls]
+                more = "the mask computes between the two" if before.next_step == where.step else "it needs"
                 _warn(
-                    f"this run skips from step {runs.trajectories[runs.calls].next_step - 1} of the mask to step {where.step}; "
-                    "a step after a skip computes every block that it needs. Make the mask for the timesteps of the run, or "
-                    "call fast.set_mask(mask.resample(timesteps)) with the timesteps that the denoiser is called with."
+                    f"this run skips from step {before.course[before.position - 1]} of the mask to step {where.step}; a step "
+                    f"after a skip computes all that {more}. "
+                    "Make the mask for the timesteps of the run, or call fast.set_mask(mask.resample(timesteps)) with the "
+                    "timesteps that the denoiser is called with."
                 )
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
@@ -472,36 +473,48 @@ class OptimizedDenoiser(DropIn):
         made = bool(self._captures) or any(not found.hooked for found in self._uncaptured.values())
         return made and not changes(self._fingerprint, fingerprint(self.original)) <= self._volatile
 
-    def _rows(self, compute: NDArray[np.bool_], start: int, leading: bool) -> tuple[Any, tuple[float, ...] | None]:
-        """(rows, log-SNR) of the steps from ``start`` on, after one more that computes everything where ``leading``."""
-        rows = compute[start:]
-        log_snr = None if self._mask.log_snr is None else self._mask.log_snr[start:]
-        if leading:
-            rows = np.concatenate([np.ones_like(compute[:1]), rows])
-            log_snr = None if log_snr is None else (float("nan"), *log_snr)
-        return rows, log_snr
+    def _rows(self, compute: NDArray[np.bool_], course: Course) -> tuple[Any, tuple[float, ...] | None]:
+        """(rows, log-SNR) of the steps of a run; None computes everything.
 
-    def _module_run(self, key: Key, start: int, leading: bool) -> ModuleRun:
+        A step computes also what the mask computes at the steps left out before it: nothing that is reused is older than the
+        mask has it.
+        """
+        rows = np.ones((len(course), compute.shape[1]), dtype=np.bool_)
+        for row, before, step in zip(rows, (None, *course), course, strict=False):
+            if step is not None:
+                row[:] = compute[step if before is None else before + 1 : step + 1].any(0)
+        log_snr = self._mask.log_snr
+        return rows, None if log_snr is None else tuple(float("nan") if step is None else log_snr[step] for step in course)
+
+    def _module_run(self, key: Key, course: Course) -> ModuleRun:
         """The same without a graph."""
-        rows, log_snr = self._rows(self._mask.compute, start, leading)
+        rows, log_snr = self._rows(self._mask.compute, course)
         return ModuleRun(self.original, self._uncaptured[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
 
-    def _schedule(self, key: Key, start: int, leading: bool) -> Schedule:
-        """Plans of the steps from ``start`` on, after one more that computes everything where ``leading``."""
-        known = self._schedules.get((key, start, leading))
+    def _schedule(self, key: Key, course: Course) -> Schedule:
+        """Plans of a run."""
+        known = self._schedules.get((key, course))
         if known is None:
+            blocks, rules, most = self._mask.blocks, self._mask.reuse, self._max_graphs
             if key not in self._slots:
-                self._slots[key] = slot_dependencies(self._captures[key].capture, self._mask.blocks)
-            rows, log_snr = self._rows(self._compute(key), start, leading)
-            merged = self._max_graphs is not None and not start and not leading
-            plan = plan_merged if merged else plan_run
-            plans = plan(self._slots[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
+                self._slots[key] = slot_dependencies(self._captures[key].capture, blocks)
+            slots = self._slots[key]
+            rows, log_snr = self._rows(self._compute(key), course)
+            skips = any(before is not None and step != before + 1 for before, step in pairwise(course))
+            if most is not None and skips:  # rows of several steps together
+                rows = merge_rows(slots, blocks, rows, rules, log_snr, most)
+            merged = most is not None and (skips or course == tuple(range(self._mask.steps)))
+            plans = (plan_merged if merged else plan_run)(slots, blocks, rows, rules, log_snr)
             captured = self._captures[key]
             shared = self._shared[captured.origin] = share_graphs(plans, self._shared.get(captured.origin, {}))
-            known = self._schedules[key, start, leading] = Schedule(
-                plans, shared, partial(captured.graph, blocks=self._mask.blocks), captured.assembler()
+            known = self._schedules[key, course] = Schedule(
+                plans, shared, partial(captured.graph, blocks=blocks), captured.assembler()
             )
         return known
+
+    def _whole(self, key: Key) -> Schedule:
+        """Plans of a run through the whole mask."""
+        return self._schedule(key, tuple(range(self._mask.steps)))
 
     def _compute(self, key: Key) -> NDArray[np.bool_]:
         """The mask's rows, merged where there may not be as many graphs as they take."""
@@ -531,7 +544,7 @@ class OptimizedDenoiser(DropIn):
             if call.key in self._uncaptured:
                 return
             captured = self._captures[call.key]
-            schedule = self._schedule(call.key, 0, leading=False)
+            schedule = self._whole(call.key)
             first: dict[GraphKey, int] = {}
             for position, plan in enumerate(schedule.plans):
                 first.setdefault(schedule.graphs[plan.key], position)
@@ -578,7 +591,7 @@ class OptimizedDenoiser(DropIn):
         for key, captured in self._captures.items():
             if key not in self._slots:
                 continue
-            schedule = self._schedule(key, 0, leading=False)
+            schedule = self._whole(key)
             plans, slots, mask, sizes = schedule.plans, self._slots[key], self._mask, captured.capture.sizes
             if sizes:  # plans are made for the batch that was captured
                 slots = slot_dependencies(resized(captured.capture, sizes), mask.blocks)

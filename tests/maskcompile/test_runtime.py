@@ -6,15 +6,19 @@ import copy
 import functools
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import maskcompile as mc
@@ -50,9 +54,9 @@ def sample(seed: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_follows(fast, executor, steps, batch=2, seed=0, timesteps=TIMESTEPS):
+def assert_follows(fast, executor, steps, batch=2, seed=0, timesteps=TIMESTEPS, scheduler=None):
     for step in steps:
-        x, t = sample(seed + step, batch), torch.tensor(timesteps[step])
+        x, t = sample(seed + step, batch), torch.tensor(timesteps[step]) if scheduler is None else scheduler[step]
         assert torch.equal(fast(x, t), executor.step(step, x, t)), step
 
 
@@ -91,6 +95,64 @@ def test_skipping_ahead_starts_over_and_says_so(seed):
     with pytest.warns(UserWarning, match="skips from step 1 of the mask to step 3"):
         assert_follows(fast, truth(model, compute), range(3, 5))
     assert fast.report().skips == 1
+
+
+@functools.cache
+def optimised(max_graphs):
+    """One capture for many masks."""
+    torch.manual_seed(0)
+    return mc.optimize(Chain().eval(), mc.Mask.full(BLOCKS, [0.0]), backend="eager", max_graphs=max_graphs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), taken=st.sets(st.integers(0, 11), min_size=2), most=st.sampled_from([None, 2]))
+def test_a_scheduler_that_takes_some_of_the_masks_steps(seed, taken, most):
+    """A step computes also what the mask computes at the steps left out before it."""
+    steps, fast = sorted(taken), optimised(most)
+    compute = np.random.default_rng(seed).random((12, 3)) < 0.3
+    mask = mc.Mask(compute, blocks=BLOCKS, timesteps=range(1200, 0, -100), reuse=REUSE, log_snr=log_snr(12))
+    fast.set_mask(mask)
+    fast.forget_graphs(0)
+    rows = [[any(compute[at, block] for at in range(before + 1, step + 1)) for block in range(3)]
+            for before, step in zip([steps[0] - 1, *steps], steps, strict=False)]  # fmt: skip
+    expected = Executor(fast.original, BLOCKS, rows, order=(0, 1, 1), log_snr=[log_snr(12)[step] for step in steps])
+    skips = sum(after > before + 1 for before, after in pairwise(steps))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for run in range(2):
+            scheduler = torch.tensor([mask.timesteps[step] for step in steps])
+            expected.reset()
+            for position, t in enumerate(scheduler):
+                x = sample(100 * run + position)
+                out = fast(x, t)
+                assert most is not None or torch.equal(out, expected.step(position, x, t))
+    report = fast.report()
+    assert (report.skips, len(said)) == (2 * skips, bool(skips))
+    if skips:
+        wanted = r"skips from step \d+ of the mask to step \d+; .* computes all that the mask computes between"
+        assert re.search(wanted, str(said[0].message))
+        (captured,) = fast._captures.values()
+        assert most is None or len(captured.graphs) <= most
+    if most is None:
+        assert report.reusing_calls == 2 * sum(not all(row) for row in rows[1:])
+
+
+def test_tensors_that_are_no_schedulers_say_nothing_of_the_steps_to_come():
+    """Timesteps taken from a longer tensor, from one the other way round, and not all of those of a scheduler."""
+    model, compute, fast = make(0)
+    every = torch.arange(1000)
+    backwards = torch.tensor(TIMESTEPS[::-1])
+    for timesteps in ([every[t] for t in TIMESTEPS], [backwards[4 - i] for i in range(5)]):
+        executor = truth(model, compute)
+        for step, t in enumerate(timesteps):
+            assert torch.equal(fast(sample(step), t), executor.step(step, sample(step), t))
+    assert fast.report().skips == 0
+    scheduler = torch.tensor(TIMESTEPS)
+    assert_follows(fast, truth(model, compute), [0], scheduler=scheduler)
+    with pytest.warns(
+        UserWarning, match="skips from step 0 of the mask to step 2; a step after a skip computes all that it needs"
+    ):
+        assert_follows(fast, truth(model, compute), range(2, 5), scheduler=scheduler)
 
 
 @pytest.mark.parametrize("calls", [7, 8, 9, 10, 17])

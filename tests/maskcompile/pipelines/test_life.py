@@ -9,6 +9,7 @@ from functools import partial
 
 import accelerate
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -292,6 +293,25 @@ def test_a_mask_of_50_steps_in_a_run_of_30():
         sampled = assert_is_the_executor(pipe, run, pipe.unet.mask, num_inference_steps=30)
     assert not torch.equal(sampled, original)
     assert pipe.unet.report().reusing_calls == 29
+
+
+def test_a_mask_of_50_steps_in_a_run_of_25():
+    """Every second step of the mask: each computes also what the mask computes at the one left out before it."""
+    pipe, run = TINY["ddim"]()
+    timesteps = {}
+    for steps in (25, 50):
+        _, timesteps[steps], _ = recorded(pipe, "unet", lambda pipe, steps=steps: run(pipe, num_inference_steps=steps))
+    assert timesteps[25] == timesteps[50][1::2]
+    mask = random_mask(mc.Mask.full(mc.block_names(pipe.unet), timesteps[50]), 1)
+    either = mask.compute[1::2] | np.vstack([mask.compute[1], mask.compute[2::2]])
+    mc.optimize(pipe, mask, backend="eager")
+    with pytest.warns(UserWarning, match="the mask") as said:
+        sampled = run(pipe, num_inference_steps=25)
+    assert sum("skips from step 1 of the mask to step 3" in str(w.message) for w in said) == 1 == len(said)
+    report = pipe.unet.report()
+    assert (report.unknown_timesteps, report.skips, report.reusing_calls) == (0, 24, int((~either[1:].all(1)).sum()))
+    pipe.unet = HookedDenoiser(pipe.unet.original, mc.Mask(either, blocks=mask.blocks, timesteps=timesteps[25]))
+    assert torch.equal(run(pipe, num_inference_steps=25), sampled)
 
 
 def test_sizes_in_turn_are_captured_once_each_and_the_least_recent_let_go():
