@@ -1,10 +1,10 @@
 """Learned masks beside everything else that keeps as many MACs: ``python -m benchmarks.learning``.
 
 Goes on where it was stopped; ``--fresh`` starts over. For each denoiser, number of steps and budget: masks learned by the
-search (the default) and by the paper's method, under extrapolating and under plain reuse, uniform schedules, DeepCache as a
-mask (UNet), random masks, and fewer steps. PSNR and SSIM of the final pictures to those of the unmasked sampler from the same
-noise, which no learning has seen. ``--ablations`` adds the paper's two ablations and the knowledge-guided rules, each alone and
-together.
+search (the default, and before it fits the reach of its steps) and by the paper's method, under extrapolating and under plain
+reuse, uniform schedules, DeepCache as a mask (UNet), random masks, and fewer steps. PSNR and SSIM of the final pictures to
+those of the unmasked sampler from the same noise, which no learning has seen. ``--ablations`` adds the paper's two ablations
+and the knowledge-guided rules, each alone and together.
 
 Learned masks are kept beside the results, in ``learned/``, as is the processor time that they took, in sampling passes of the
 original at the same batch. Writes ``learning.json`` after every result, then ``learning.md`` and the plot.
@@ -13,6 +13,7 @@ original at the same batch. Writes ``learning.json`` after every result, then ``
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import time
@@ -48,6 +49,7 @@ SEED = 2_000_000
 
 #: name -> learn's method
 METHODS: dict[str, Any] = {
+    "search, reach 1": mc.Search(reach=False),
     "search": mc.Search(),
     "paper": mc.Paper(),
     "paper, Gumbel": mc.Paper(relaxation="gumbel"),
@@ -83,6 +85,7 @@ class Trial:
 def trials(denoisers: list[str], steps: list[int], budgets: list[float], ablations: bool) -> Iterator[Trial]:
     """All of them, what matters most first."""
     for total, budget, name in product(steps, budgets, denoisers):
+        yield Trial(name, total, budget, "search, reach 1")
         yield Trial(name, total, budget, "search")
         for other in ("uniform", "deepcache", "random") if name == "unet" else ("uniform", "random"):
             yield Trial(name, total, budget, other)
@@ -91,7 +94,7 @@ def trials(denoisers: list[str], steps: list[int], budgets: list[float], ablatio
     for total, budget, name in product(steps, budgets, denoisers):
         yield Trial(name, total, budget, "paper", "hold")
     for total, name in product(steps, denoisers) if ablations else ():
-        for kind in list(METHODS)[2:]:
+        for kind in list(METHODS)[3:]:
             yield Trial(name, total, 0.5, kind, "hold")
         for rules in (("reused_inputs",), ("reused_consumers",), ("reused_inputs", "reused_consumers")):
             yield Trial(name, total, 0.5, "paper, no rectification", "hold", rules)
@@ -155,9 +158,9 @@ class Bench:
         path = self.out / "learned" / trial.file
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            method = METHODS[trial.kind]
+            method, time_taken = METHODS[trial.kind], 0.0
             if isinstance(method, mc.Search):
-                method = mc.Search(passes=self.passes * min(1, LONG / trial.steps))
+                method = dataclasses.replace(method, passes=self.passes * min(1, LONG / trial.steps))
 
             def one(seed: int) -> Tensor:
                 return sample(t, t.denoiser, noise(LEARN, 1000 * seed))
@@ -166,13 +169,19 @@ class Bench:
             one(0), one(1)
             single = time.process_time() - start
             start = time.process_time()
-            mask = mc.learn(
-                t.denoiser, one, trial.budget, method=method, reuse=trial.reuse, log_snr=log_snr,
-                checkpoint=path.with_suffix(".checkpoint"),
-            )  # fmt: skip
-            seconds = time.process_time() - start
-            mask.replace(passes_of_time=round(seconds / single, 1)).save(path)
-            path.with_suffix(".checkpoint").unlink()
+            if trial.kind == "search" and trial.reuse == "linear":  # what ``learn`` does, in two parts, to show both
+                before, described = self.learned(dataclasses.replace(trial, kind="search, reach 1"), t, log_snr)
+                time_taken = described["passes_of_time"]
+                start = time.process_time()
+                mask = mc.fit_reach(before, t.denoiser, one)
+            else:
+                mask = mc.learn(
+                    t.denoiser, one, trial.budget, method=method, reuse=trial.reuse, log_snr=log_snr,
+                    checkpoint=path.with_suffix(".checkpoint"),
+                )  # fmt: skip
+            time_taken += (time.process_time() - start) / single
+            mask.replace(passes_of_time=round(time_taken, 1)).save(path)
+            path.with_suffix(".checkpoint").unlink(missing_ok=True)
         mask = mc.Mask.load(path)
         keys = ("passes", "passes_of_time", "fidelity_db", "scores_near_0_or_1")
         taken = {key: mask.provenance[key] for key in keys if key in mask.provenance}

@@ -16,6 +16,7 @@ Row = dict[str, Any]
 #: (kind, reuse) -> heading, in the order of the columns
 COLUMNS = {
     ("search", "linear"): "**learned**",
+    ("search, reach 1", "linear"): "its reach not fitted",
     ("search", "hold"): "learned, hold",
     ("paper", "linear"): "paper's method, linear",
     ("paper", "hold"): "paper's method",
@@ -89,7 +90,9 @@ def gains(rows: list[Row]) -> str:
         differences: dict[float, float] = {}
         for row in (r for r in rows if r["denoiser"] == name and (r["kind"], r["reuse"]) == ("search", "linear")):
             others = [
-                r["psnr"] for r in rows if r["denoiser"] == name and r["budget"] == row["budget"] and r["kind"] != "search"
+                r["psnr"]
+                for r in rows
+                if r["denoiser"] == name and r["budget"] == row["budget"] and not r["kind"].startswith("search")
             ]
             if others:
                 differences[row["budget"]] = row["psnr"] - max(others)

@@ -16,8 +16,9 @@ SCHEDULES = {
     "sd": [("deepcache", 2)],
     "flux": [("uniform", 2)],
 }
-#: "linear by step" measures distances along the step index alone, as if the log-SNR were not known.
-RULES = ("hold", "linear", "linear by step")
+#: "linear by step" measures distances along the step index alone, as if the log-SNR were not known; "linear fitted" has its
+#: reach fitted to other noise.
+RULES = ("hold", "linear", "linear by step", "linear fitted")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Choice:
         return f"{self.schedule}(interval={self.interval}{warmup})"
 
     def mask(self, program: mc.Program, t: Task | Case) -> mc.Mask:
-        """The mask for the timesteps of a task, which are all of its scheduler's."""
-        log_snr = mc.log_snr(t.scheduler) if self.reuse == "linear" else None
+        """The mask for the timesteps of a task, which are all of its scheduler's; its reach is not fitted yet."""
+        log_snr = mc.log_snr(t.scheduler) if self.reuse in ("linear", "linear fitted") else None
         schedule = getattr(mc.schedules, self.schedule)
         rule = self.reuse.split()[0]
         mask: mc.Mask = schedule(program, t.timesteps, interval=self.interval, warmup=self.warmup, reuse=rule, log_snr=log_snr)

@@ -46,6 +46,8 @@ STEPS = (50, 20, 100)
 BATCH = 48
 #: pictures for PSNR and SSIM, for the Frechet distance, and steps of the limit
 FEW, MANY, LIMIT = 48, 2016, 200
+#: pictures that a reach is fitted to
+FIT = 16
 #: steps of the longest runs in which the variants of the rule, and TaylorSeer, are looked at too
 LONG = 50
 #: noise of the pictures compared; no other benchmark draws these seeds
@@ -92,7 +94,7 @@ def trials(denoisers: list[str], steps: tuple[int, ...]) -> Iterator[Trial]:
                     yield Trial(name, total, fewer, solver)
             if total > LONG:
                 continue
-            for choice in choices(name, rules=("linear by step",)):
+            for choice in choices(name, rules=("linear by step", "linear fitted")):
                 yield Trial(name, total, total, choice=choice)
             if name == "dit":
                 for interval in (2, 3, 4):
@@ -132,6 +134,7 @@ class Samplers:
         self.programs: dict[str, mc.Program] = {}
         self.fast: dict[str, mc.OptimizedDenoiser] = {}
         self.pictures: dict[tuple[str, int, str, int], Tensor] = {}
+        self.masks: dict[Trial, mc.Mask] = {}
 
     def task(self, name: str, steps: int, solver: str) -> Task:
         if name not in self.loaded:
@@ -157,9 +160,19 @@ class Samplers:
         program = self.programs[trial.denoiser]
         unmasked = mc.Mask.full(program.names, t.timesteps)
         denoiser = self.fast[trial.denoiser]
-        denoiser.set_mask(trial.choice.mask(program, t) if trial.choice else unmasked)
+        denoiser.set_mask(self.mask(trial) if trial.choice else unmasked)
         for start in range(0, count, self.batch):
             yield sample(t, denoiser, noise(self.batch, SEED + start))
+
+    def mask(self, trial: Trial) -> mc.Mask:
+        assert trial.choice is not None
+        if trial not in self.masks:
+            t = self.task(trial.denoiser, trial.steps, trial.solver)
+            mask = trial.choice.mask(self.programs[trial.denoiser], t)
+            if trial.choice.reuse == "linear fitted":
+                mask = mc.fit_reach(mask, t.denoiser, lambda seed: sample(t, t.denoiser, noise(FIT // 2, 1000 * seed)))
+            self.masks[trial] = mask
+        return self.masks[trial]
 
     def unmasked(self, name: str, steps: int, solver: str, count: int) -> Tensor:
         """The first ``count`` pictures without a mask, kept."""
@@ -172,12 +185,13 @@ class Samplers:
         """MACs of the trial as a share of those of its unmasked reference."""
         if trial.choice is None:
             return trial.steps / trial.reference
-        t, program = self.task(trial.denoiser, trial.steps, trial.solver), self.programs[trial.denoiser]
+        self.task(trial.denoiser, trial.steps, trial.solver)
+        program = self.programs[trial.denoiser]
         if trial.hook is not None:
             full = sum(taylorseer_computes(step, trial.choice.interval) for step in range(trial.steps))
             floor = program.slots.macs_of(program.slots.reach(frozenset(program.slots.size), frozenset())[0]) / program.macs
             return (full + (trial.steps - full) * floor) / trial.steps
-        return mc.cost(program, trial.choice.mask(program, t)).share
+        return mc.cost(program, self.mask(trial)).share
 
 
 def measure(trial: Trial, samplers: Samplers, frechet: Callable[[str], FrechetInceptionDistance], few: int, many: int) -> Any:

@@ -51,12 +51,14 @@ def report(document: Row, rows: list[Row], speed: dict[tuple[str, str], float]) 
         + ("Inception. " if document["features"] == "Inception" else "the bundled classifier (not Inception's). ")
         + f"{counts}. {document['setting']} Made by `python -m benchmarks.quality`. A dash: not measured.",
         "## The reuse rule",
-        "Each schedule under *hold* and *linear* (and, to compare, *linear* without the log-SNR, along the step index alone).",
+        "Each schedule under *hold* and *linear* (and, to compare, *linear* without the log-SNR, along the step index alone, "
+        "and with its reach fitted to other noise by `mc.fit_reach`).",
         rule_table(rows),
         "Gain of *linear* over *hold*, mean over the schedules of the table:",
         gain_table(rows),
         "## Fewer steps and better solvers",
-        "The best mask under *linear* that keeps no more of the MACs than the sampler beside it (within 0.01).",
+        "The best mask under *linear*, its reach fitted or not, that keeps no more of the MACs than the sampler beside it "
+        "(within 0.01).",
         rival_table(rows),
         "## On the way to the limit",
         "PSNR to the limit, which no mask needs to be near: a mask keeps to the pictures of its own sampler. Work: MACs in "
@@ -114,7 +116,7 @@ def rule_table(rows: list[Row]) -> str:
         def pair(name: str, form: str, figure: Callable[[str, str], float | None] = figure) -> str:
             return f"{shown(figure(name, 'hold'), form)} / {shown(figure(name, 'linear'), form)}"
 
-        psnr = [figure("psnr", rule) for rule in ("hold", "linear", "linear by step")]
+        psnr = [figure("psnr", rule) for rule in ("hold", "linear", "linear by step", "linear fitted")]
         gain = None if psnr[0] is None or psnr[1] is None else psnr[1] - psnr[0]
         lines.append(
             [NAMES[held["denoiser"]], str(held["reference"]), held["mask"], f"{held['share']:.1%}"]
@@ -126,8 +128,8 @@ def rule_table(rows: list[Row]) -> str:
         limit, frechet = (
             shown(one(rows, figure, **full), form) for figure, form in (("psnr_limit", ".1f"), ("frechet", ".3f"))
         )
-        lines.append([NAMES[name], str(total), "no mask", "100.0%", "", "", "", "", "", limit, frechet])
-    head = ["denoiser", "steps", "mask", "MACs kept", "PSNR hold", "PSNR linear", "by step alone", "gain dB"]
+        lines.append([NAMES[name], str(total), "no mask", "100.0%", "", "", "", "", "", "", limit, frechet])
+    head = ["denoiser", "steps", "mask", "MACs kept", "PSNR hold", "PSNR linear", "by step alone", "reach fitted", "gain dB"]
     return table([*head, "SSIM hold / linear", "PSNR to the limit hold / linear", "Frechet hold / linear"], lines)
 
 
@@ -156,13 +158,17 @@ def rival_table(rows: list[Row]) -> str:
     for name in ("unet", "dit"):
         for total in sorted({r["reference"] for r in rows}):
             rivals = [r for r in pick(rows, denoiser=name, reference=total, mask=None) if r["steps"] < total]
-            masked = list(pick(rows, denoiser=name, reference=total, steps=total, solver="DDIM", rule="linear"))
+            masked = [
+                row
+                for rule in ("linear", "linear fitted")
+                for row in pick(rows, denoiser=name, reference=total, steps=total, solver="DDIM", rule=rule)
+            ]
             for steps in sorted({r["steps"] for r in rivals}, reverse=True):
                 fitting = [r for r in masked if r["share"] <= steps / total + 0.01]
                 if not fitting:
                     continue
                 best = max(fitting, key=lambda r: r["psnr"])
-                line = [NAMES[name], str(total), f"{steps / total:.0%}", f"{best['mask']}, linear: {best['share']:.1%}"]
+                line = [NAMES[name], str(total), f"{steps / total:.0%}", f"{best['mask']}, {best['rule']}: {best['share']:.1%}"]
                 for figure, form in (("psnr", ".1f"), ("psnr_limit", ".1f"), ("frechet", ".3f")):
                     values = [best.get(figure)]
                     values += [one(rivals, figure, steps=steps, solver=s) for s in ("DDIM", "DPM++ 2M", "UniPC")]

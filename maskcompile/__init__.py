@@ -18,7 +18,7 @@ from maskcompile import schedules
 from maskcompile._version import __version__
 from maskcompile.accounting import Cost, cost, count_macs, rectify
 from maskcompile.fallback import block_names
-from maskcompile.learn import Search, learn
+from maskcompile.learn import Search, fit_reach, learn
 from maskcompile.learning.scores import Paper
 from maskcompile.mask import Mask, MaskError
 from maskcompile.optimize import optimize
@@ -44,6 +44,7 @@ __all__ = [
     "block_names",
     "cost",
     "count_macs",
+    "fit_reach",
     "learn",
     "log_snr",
     "optimize",

@@ -81,7 +81,7 @@ def slots_of(program: Program, mask: Mask) -> Slots:
 def plans_of(program: Program, mask: Mask) -> tuple[Slots, list[Plan]]:
     """The plans of a whole run under the mask."""
     slots = slots_of(program, mask)
-    return slots, plan_run(slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
+    return slots, plan_run(slots, mask.blocks, mask.compute, mask.rules)
 
 
 def cost(program: Program, mask: Mask) -> Cost:
@@ -111,7 +111,7 @@ def rectify(mask: Mask, program: Program, rules: Sequence[str] = ()) -> Mask:
     if unknown := [rule for rule in rules if rule not in KNOWLEDGE]:
         raise MaskError(f"a rule of rectification is one of {', '.join(map(repr, KNOWLEDGE))}; got {unknown[0]!r}.")
     compute = by_knowledge(program, mask.blocks, mask.compute, rules)
-    cheapest = _rectify(slots_of(program, mask), mask.blocks, compute, mask.reuse, mask.log_snr)
+    cheapest = _rectify(slots_of(program, mask), mask.blocks, compute, mask.rules)
     return mask.replace(cheapest, rectified=[*rules, "liveness"])
 
 

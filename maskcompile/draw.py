@@ -20,12 +20,24 @@ _KINDS = {"attention": "#c4562f", "convolution": "#2f6fb2", "feed_forward": "#3f
 
 
 def mask_heat_map(mask: Mask, path: str | os.PathLike[str], title: str = "") -> None:
-    """Steps from left to right, blocks from top to bottom in call order; computed cells dark, extrapolated ones warm."""
+    """Steps from left to right, blocks from top to bottom in call order; computed cells dark, extrapolated ones warm.
+
+    Above them the reach of each step, where the mask has one.
+    """
     colours = {"hold": "#e9edf1", "linear": "#f0c9a4", "compute": "#1f4e79"}
     kinds = list(colours)
     cells = np.where(mask.compute, kinds.index("compute"), [kinds.index(rule) for rule in mask.reuse])
-    figure = Figure(figsize=(2.8 + 0.16 * mask.steps, 1.2 + 0.17 * len(mask.blocks)), layout="constrained")
-    axes = figure.subplots()
+    height = 1.2 + 0.17 * len(mask.blocks)
+    figure = Figure(figsize=(2.8 + 0.16 * mask.steps, height + 0.5 * (mask.reach is not None)), layout="constrained")
+    if mask.reach is None:
+        axes = top = figure.subplots()
+    else:
+        top, axes = figure.subplots(2, 1, sharex=True, height_ratios=(0.5, height))
+        top.bar(range(mask.steps), mask.reach, color=colours["linear"], width=0.9)
+        top.axhline(1, color="#7a7f85", linewidth=0.5)
+        top.set_ylabel("reach", fontsize=7, rotation=0, ha="right", va="center")
+        top.tick_params(bottom=False, labelsize=6)
+        top.spines[["top", "right"]].set_visible(False)
     cmap = ListedColormap(list(colours.values()))
     axes.imshow(cells.T, aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=len(colours) - 1)
     axes.set_yticks(range(len(mask.blocks)), mask.blocks, fontsize=7)
@@ -40,7 +52,7 @@ def mask_heat_map(mask: Mask, path: str | os.PathLike[str], title: str = "") -> 
             linewidths=0.5,
         )
     )
-    axes.set_title(title or f"{mask.compute.mean():.0%} of the cells computed", fontsize=9)
+    top.set_title(title or f"{mask.compute.mean():.0%} of the cells computed", fontsize=9)
     axes.legend(
         handles=[Patch(color=colour, label=what) for what, colour in colours.items() if what in ("compute", *mask.reuse)],
         fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False,

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from maskcompile.mask import MaskError
 from maskcompile.signature import Call, describe
-from passes.reuse import Recall, recall
+from passes.reuse import Recall, Rules
 
 #: The n-th call of a block within a step.
 BlockCall = tuple[str, int]
@@ -112,8 +112,7 @@ class ModuleRun:
     like: Uncaptured
     blocks: tuple[str, ...]
     compute: NDArray[np.bool_]
-    rules: tuple[str, ...]
-    log_snr: tuple[float, ...] | None
+    rules: Rules
     steps: dict[int, ModuleStep] = field(default_factory=dict)
 
     def step(self, position: int) -> ModuleStep:
@@ -143,7 +142,9 @@ def _replaced_forwards(run: ModuleRun, stored: dict[BlockCall, Outputs], positio
     called: Counter[str] = Counter()
     thread = threading.get_ident()
 
-    def replacement(block: str, rule: str, computes: bool, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(column: int, computes: bool, forward: Callable[..., Any]) -> Callable[..., Any]:
+        block, extrapolates = run.blocks[column], run.rules.of_block[column] == "linear"
+
         def replaced(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread:
                 return forward(*args, **kwargs)
@@ -152,17 +153,17 @@ def _replaced_forwards(run: ModuleRun, stored: dict[BlockCall, Outputs], positio
             known = stored.get(call)
             if known is not None and not computes:
                 called.update(known.inner)
-                return _remade(known, recall(rule, known.steps, position, run.log_snr))
+                return _remade(known, run.rules.recall(column, known.steps, position))
             outside = called.copy()
             output = forward(*args, **kwargs)
-            stored[call] = _stored(block, output, position, known if rule == "linear" else None, called - outside)
+            stored[call] = _stored(block, output, position, known if extrapolates else None, called - outside)
             return output
 
         return replaced
 
     try:
-        for block, module, rule, computes in zip(run.blocks, modules, run.rules, row, strict=True):
-            vars(module)["forward"] = replacement(block, rule, computes, module.forward)
+        for column, (module, computes) in enumerate(zip(modules, row, strict=True)):
+            vars(module)["forward"] = replacement(column, computes, module.forward)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):

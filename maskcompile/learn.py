@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from maskcompile._version import __version__
 from maskcompile.accounting import by_knowledge
+from maskcompile.learning import reach
 from maskcompile.learning.budget import TOLERANCE, Shares, check_budget, first_cells, ranked, single_cells
 from maskcompile.learning.fidelity import Fidelity
 from maskcompile.learning.memo import Memo
@@ -24,9 +25,9 @@ from maskcompile.learning.processes import Processes, launched
 from maskcompile.learning.recording import Recording, Sample, record
 from maskcompile.learning.relaxed import RelaxedDenoiser
 from maskcompile.learning.scores import Paper, Target, converged, learn_scores
-from maskcompile.learning.search import Evaluations, search
+from maskcompile.learning.search import Evaluations, Found, search
 from maskcompile.learning.sensitivity import AT, sensitivities
-from maskcompile.mask import Mask, MaskError
+from maskcompile.mask import Mask, MaskError, check_mask
 from maskcompile.program import Program, trace
 from maskcompile.runtime import OptimizedDenoiser
 from maskcompile.schedules import deepcache
@@ -40,11 +41,13 @@ class Search:
     """The default method, for ``learn(method=...)``: see ``maskcompile.learning.search``.
 
     passes: denoiser work to spend, in unmasked sampling passes over all seeds; a masked pass counts for the share of the MACs
-    that it keeps. starts: further masks to begin with, for the same blocks and timesteps.
+    that it keeps. starts: further masks to begin with, for the same blocks and timesteps. reach: whether to fit how far
+    "linear" reaches at each step, afterwards, see ``fit_reach``.
     """
 
     passes: float = 150.0
     starts: tuple[Mask, ...] = ()
+    reach: bool = True
 
 
 METHODS: dict[str, Search | Paper] = {"search": Search(), "paper": Paper()}
@@ -136,6 +139,56 @@ def learn(
     return mask.replace(**found, torch=torch.__version__, maskcompile=__version__)
 
 
+def fit_reach(
+    mask: Mask,
+    model: nn.Module,
+    sample: Sample,
+    *,
+    seeds: Sequence[int] = (0, 1),
+    timestep: str | None = None,
+    backend: str | Callable[..., Any] = "eager",
+    progress: bool = True,
+) -> Mask:
+    """The mask with how far "linear" reaches at each step fitted to samples: a better one at the same cost.
+
+    For any mask that extrapolates, a published schedule for one; ``learn`` does it by itself. It takes about two masked
+    sampling passes for each step that reuses something (``maskcompile.learning.reach``). sample, seeds, timestep, backend,
+    progress: as for ``learn``. The mask comes back as it was where nothing is gained.
+
+    Raises MaskError for a mask that extrapolates nothing, or not made for the timesteps of the sampler, and ValueError as
+    ``learn`` does.
+    """
+    if "linear" not in mask.reuse:
+        raise MaskError("the mask holds whatever it reuses, so nothing reaches anywhere: mask.replace(reuse='linear') does.")
+    if isinstance(model, OptimizedDenoiser):
+        raise ValueError("this denoiser is already optimised; fit with the original: fit_reach(mask, fast.original, ...).")
+    check_capturable(model)
+    check_mask(mask, model)
+    with launched() as processes, torch.inference_mode(False):
+        recordings = [record(model, sample, seed, timestep) for seed in seeds]
+        _check_alike(recordings)
+        first = recordings[0]
+        if tuple(first.timesteps) != mask.timesteps:
+            raise MaskError(
+                f"the mask has {mask.steps} timesteps from {mask.timesteps[0]:g} on, and sample({first.seed}) called the "
+                f"denoiser at {len(first.timesteps)} from {first.timesteps[0]:g} on; fit it with the sampler that it is for."
+            )
+        call = first.steps[0][0].call
+        program = trace(model, *call.args, blocks=list(mask.blocks), **call.kwargs)
+        shares = Shares(program, mask)
+        references = {r.seed: r.outcome for r in recordings}
+        fidelity = Fidelity(model, sample, references, Mask.full(mask.blocks, mask.timesteps), backend, timestep, processes)
+        with tqdm(desc="fitting", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
+            evaluate = Evaluations(fidelity, shares, Memo(None, {}), bar)
+            bar.total = round(1 + reach.work(mask, evaluate))
+            evaluate.spend(1.0)
+            found = reach.fit(Found(mask, evaluate(mask)), evaluate)
+            if found.mask is mask:
+                return mask
+            passes = float(mask.provenance.get("passes", 0.0)) + evaluate.passes
+            return found.mask.replace(passes=round(passes, 1), fidelity_db=round(float(found.decibels.mean()), 3))
+
+
 @dataclass(frozen=True)
 class _Learning:
     """What both methods need. template: the full mask, with the rules to learn for."""
@@ -170,6 +223,9 @@ def _by_search(learning: _Learning, options: Search, rules: Sequence[Sequence[st
     starts += _deepcaches(learning.program, template, learning.budget, learning.shares)
     macs = np.array([block.macs for block in learning.program.blocks], dtype=np.float64)
     found = search(template, starts, rules, sensitivity, macs, learning.budget, options.passes, evaluate)
+    if options.reach:
+        learning.bar.total = round(evaluate.passes + reach.work(found.mask, evaluate))
+        found = reach.fit(found, evaluate)
     return found.mask.replace(
         method="search", passes=round(evaluate.passes, 1), fidelity_db=round(float(found.decibels.mean()), 3)
     )
@@ -189,7 +245,7 @@ def _by_scores(learning: _Learning, options: Paper) -> Mask:
             bar.set_postfix(share=f"{share:.3f}")
 
     floor = learning.shares(np.zeros_like(template.compute))
-    target = Target(np.maximum(macs / max(1, program.macs), 1e-6), floor, budget, template.reuse, template.log_snr)
+    target = Target(np.maximum(macs / max(1, program.macs), 1e-6), floor, budget, template.rules)
     scores = learn_scores(learning.relaxed, learning.recordings, target, options, learning.memo, processes, report)
 
     def ruled(compute: Compute) -> Compute:

@@ -18,11 +18,14 @@ from torch import nn
 
 from maskcompile.files import write_whole
 from passes.capture import Capture
-from passes.reuse import RULES
+from passes.reuse import RULES, Rules
 
 FORMAT = "maskcompile mask"
-#: A file without reuse rules is of version 1, so that whoever reads such files can; one with them is of version 2.
-VERSIONS = (1, 2)
+#: A file is of the first version that can say what it says: 2 has reuse rules and a log-SNR, 3 a reach.
+VERSIONS = (1, 2, 3)
+
+#: Largest factor of how far "linear" reaches at a step.
+MOST_REACH = 4.0
 
 
 class MaskError(ValueError):
@@ -37,11 +40,12 @@ class Mask:
     reused output, one for all blocks or one for each: "hold" (the output of the last step that computed the block) or
     "linear" (the last two outputs extrapolated to the step; see ``passes.reuse``). log_snr: T rising values,
     log(alpha^2 / sigma^2) at each step, by which "linear" measures distances beside the step index (``maskcompile.log_snr``
-    reads them off a scheduler). denoiser and block_hash say what the mask was made for (see ``hash_blocks``) and are checked
+    reads them off a scheduler). reach: T factors, 0 to 4, of how far "linear" reaches at each step; 0 holds (``fit_reach``
+    finds them). denoiser and block_hash say what the mask was made for (see ``hash_blocks``) and are checked
     by ``optimize`` where present. provenance: JSON-able facts on where the mask came from (method, budget, seeds, versions).
 
     Immutable. Raises MaskError for a wrong shape or dtype, duplicate blocks, duplicate or unsorted timesteps, unknown rules,
-    a log-SNR that does not rise.
+    a log-SNR that does not rise, a reach out of range.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Mask:
         timesteps: Iterable[float],
         reuse: str | Sequence[str] = "hold",
         log_snr: Iterable[float] | None = None,
+        reach: Iterable[float] | None = None,
         denoiser: str | None = None,
         block_hash: str | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -61,6 +66,7 @@ class Mask:
         self._reuse = (reuse,) * len(self._blocks) if isinstance(reuse, str) else _sequence(reuse, "reuse")
         self._timesteps = _numbers(timesteps, "timesteps")
         self._log_snr = None if log_snr is None else _numbers(log_snr, "log_snr")
+        self._reach = None if reach is None else _numbers(reach, "reach")
         self._denoiser = denoiser
         self._block_hash = block_hash
         self._provenance = dict(provenance or {})
@@ -96,6 +102,8 @@ class Mask:
                 raise MaskError(
                     f"log_snr has one value for each of the {self.steps} steps, all rising (or all falling, for inversion)."
                 )
+        if self.reach is not None and (len(self.reach) != self.steps or not all(0 <= r <= MOST_REACH for r in self.reach)):
+            raise MaskError(f"reach has one factor, 0 to {MOST_REACH:g}, for each of the {self.steps} steps.")
         self._compute: NDArray[np.bool_] = array.copy()
         self._compute.setflags(write=False)
 
@@ -129,6 +137,16 @@ class Mask:
         return self._log_snr
 
     @property
+    def reach(self) -> tuple[float, ...] | None:
+        """How far *linear* reaches at each step, as a factor; None where it is 1 at all."""
+        return self._reach
+
+    @property
+    def rules(self) -> Rules:
+        """How the outputs of its blocks are reused, for ``passes``."""
+        return Rules(self.reuse, self.log_snr, self.reach)
+
+    @property
     def denoiser(self) -> str | None:
         """Class name of the denoiser that the mask was made for."""
         return self._denoiser
@@ -156,6 +174,7 @@ class Mask:
             "timesteps": self.timesteps,
             "reuse": self.reuse,
             "log_snr": self.log_snr,
+            "reach": self.reach,
             "denoiser": self.denoiser,
             "block_hash": self.block_hash,
             "provenance": self._provenance,
@@ -167,12 +186,17 @@ class Mask:
         *,
         reuse: str | Sequence[str] | None = None,
         log_snr: Iterable[float] | EllipsisType | None = ...,
+        reach: Iterable[float] | EllipsisType | None = ...,
         **provenance: Any,
     ) -> Mask:
-        """The same mask with another ``compute``, ``reuse`` or ``log_snr`` (None takes it away); provenance is added to."""
+        """The same mask with another ``compute``, ``reuse``, ``log_snr`` or ``reach`` (None takes these away).
+
+        Provenance is added to.
+        """
         described = self._described() | {"provenance": {**self.provenance, **provenance}}
         described |= {} if reuse is None else {"reuse": reuse}
         described |= {} if isinstance(log_snr, EllipsisType) else {"log_snr": log_snr}
+        described |= {} if isinstance(reach, EllipsisType) else {"reach": reach}
         return Mask(self.compute if compute is None else compute, **described)
 
     def resample(self, timesteps: Iterable[float], *, log_snr: Iterable[float] | None = None) -> Mask:
@@ -208,7 +232,9 @@ class Mask:
         if snr is None and self.log_snr is not None:
             snr = tuple(_line(sign * np.asarray(new), sign * own, np.asarray(self.log_snr)).tolist())
         chosen = _rows_for(self.compute, np.interp(sign * np.asarray(new), sign * own, np.arange(self.steps, dtype=np.float64)))
-        described = self._described() | {"timesteps": new, "log_snr": snr}
+        # A reach is fitted to the gaps of a mask's own rows.
+        reach = self.reach if new == self.timesteps else None
+        described = self._described() | {"timesteps": new, "log_snr": snr, "reach": reach}
         if new != self.timesteps:
             described["provenance"] = {**self.provenance, "resampled": f"{self.steps} to {len(new)} steps"}
         return Mask(self.compute[chosen], **described)
@@ -220,8 +246,7 @@ class Mask:
         return (
             self.blocks == other.blocks
             and self.timesteps == other.timesteps
-            and self.reuse == other.reuse
-            and self.log_snr == other.log_snr
+            and self.rules == other.rules
             and np.array_equal(self.compute, other.compute)
             and self.denoiser == other.denoiser
             and self.block_hash == other.block_hash
@@ -234,18 +259,14 @@ class Mask:
         """Compute where either mask computes. Raises MaskError unless blocks, timesteps and reuse rules are the same."""
         if not isinstance(other, Mask):
             return NotImplemented
-        if (self.blocks, self.timesteps, self.reuse, self.log_snr) != (
-            other.blocks,
-            other.timesteps,
-            other.reuse,
-            other.log_snr,
-        ):
-            raise MaskError("masks can be joined only over the same blocks, timesteps, reuse rules and log-SNR.")
+        if (self.blocks, self.timesteps, self.rules) != (other.blocks, other.timesteps, other.rules):
+            raise MaskError("masks can be joined only over the same blocks, timesteps, reuse rules, log-SNR and reach.")
         return self.replace(self.compute | other.compute)
 
     def __repr__(self) -> str:
         kept = float(self.compute.mean()) if self.blocks else 1.0
         rules = "" if set(self.reuse) <= {"hold"} else f", reuse {' and '.join(sorted(set(self.reuse)))}"
+        rules += "" if self.reach is None else " with a reach of its own at each step"
         return f"Mask({self.steps} steps x {len(self.blocks)} blocks, {kept:.0%} computed{rules})"
 
     def __str__(self) -> str:
@@ -256,14 +277,15 @@ class Mask:
             f"{b:<{width}}  " + "".join("#" if c else sign[self.reuse[i]] for c in self.compute[:, i])
             for i, b in enumerate(self.blocks)
         ]
-        return "\n".join([repr(self), *lines])
+        reach = [] if self.reach is None else ["reach of each step: " + " ".join(f"{factor:g}" for factor in self.reach)]
+        return "\n".join([repr(self), *lines, *reach])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as JSON, rows as strings of 0 and 1; the file is there whole or not at all."""
         rules = set(self.reuse) - {"hold"}
         document = {
             "format": FORMAT,
-            "version": 1 if self.log_snr is None and not rules else 2,
+            "version": 3 if self.reach is not None else 1 if self.log_snr is None and not rules else 2,
             "denoiser": self.denoiser,
             "block_hash": self.block_hash,
             "provenance": self._provenance,
@@ -272,6 +294,7 @@ class Mask:
             # One rule for all, or a list with one for each block; a file that says nothing holds.
             **({"reuse": self.reuse[0] if len(set(self.reuse)) == 1 else list(self.reuse)} if rules else {}),
             **({"log_snr": list(self.log_snr)} if self.log_snr is not None else {}),
+            **({"reach": list(self.reach)} if self.reach is not None else {}),
             "compute": ["".join("1" if c else "0" for c in row) for row in self.compute],
         }
         write_whole(path, json.dumps(document, indent=1) + "\n")
@@ -290,7 +313,7 @@ class Mask:
         if document.get("version") not in VERSIONS:
             raise MaskError(
                 f"{path} has mask format version {document.get('version')!r}; this maskcompile reads versions "
-                f"{' and '.join(map(str, VERSIONS))}."
+                f"{', '.join(map(str, VERSIONS))}."
             )
         if missing := [key for key in ("blocks", "timesteps", "compute") if not isinstance(document.get(key), list)]:
             raise MaskError(f"{path} lacks the list {missing[0]!r}.")
@@ -302,8 +325,11 @@ class Mask:
         reuse = document.get("reuse", "hold")
         if not isinstance(reuse, str) and not (isinstance(reuse, list) and all(isinstance(rule, str) for rule in reuse)):
             raise MaskError(f"{path}: 'reuse' must be a rule, or a list of rules.")
-        if not isinstance(document.get("log_snr"), list | None):
-            raise MaskError(f"{path}: 'log_snr' must be a list of numbers.")
+        if document["version"] < 3 and "reach" in document:
+            raise MaskError(f"{path}: a reach needs mask format version 3; this file says {document['version']}.")
+        for key in ("log_snr", "reach"):
+            if not isinstance(document.get(key), list | None):
+                raise MaskError(f"{path}: {key!r} must be a list of numbers.")
         for step, row in enumerate(rows):
             if not isinstance(row, str) or len(row) != len(blocks) or set(row) - {"0", "1"}:
                 raise MaskError(f"{path}: row {step} of 'compute' must be a string of {len(blocks)} characters 0 or 1.")
@@ -314,6 +340,7 @@ class Mask:
                 timesteps=document["timesteps"],
                 reuse=reuse,
                 log_snr=document.get("log_snr"),
+                reach=document.get("reach"),
                 denoiser=document.get("denoiser"),
                 block_hash=document.get("block_hash"),
                 provenance=document.get("provenance"),

@@ -58,6 +58,7 @@ from passes.dependencies import Slots, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
 from passes.regions import divisible
+from passes.reuse import Rules
 
 CudaGraphs = bool | Literal["auto"]
 
@@ -473,8 +474,9 @@ class OptimizedDenoiser(DropIn):
         made = bool(self._captures) or any(not found.hooked for found in self._uncaptured.values())
         return made and not changes(self._fingerprint, fingerprint(self.original)) <= self._volatile
 
-    def _rows(self, compute: NDArray[np.bool_], course: Course) -> tuple[Any, tuple[float, ...] | None]:
-        """(rows, log-SNR) of the steps of a run; None computes everything.
+    @staticmethod
+    def _rows(compute: NDArray[np.bool_], course: Course) -> NDArray[np.bool_]:
+        """The rows of the steps of a run; None computes everything.
 
         A step computes also what the mask computes at the steps left out before it: nothing that is reused is older than the
         mask has it.
@@ -483,28 +485,27 @@ class OptimizedDenoiser(DropIn):
         for row, before, step in zip(rows, (None, *course), course, strict=False):
             if step is not None:
                 row[:] = compute[step if before is None else before + 1 : step + 1].any(0)
-        log_snr = self._mask.log_snr
-        return rows, None if log_snr is None else tuple(float("nan") if step is None else log_snr[step] for step in course)
+        return rows
 
     def _module_run(self, key: Key, course: Course) -> ModuleRun:
         """The same without a graph."""
-        rows, log_snr = self._rows(self._mask.compute, course)
-        return ModuleRun(self.original, self._uncaptured[key], self._mask.blocks, rows, self._mask.reuse, log_snr)
+        rows, mask = self._rows(self._mask.compute, course), self._mask
+        return ModuleRun(self.original, self._uncaptured[key], mask.blocks, rows, mask.rules.at(course))
 
     def _schedule(self, key: Key, course: Course) -> Schedule:
         """Plans of a run."""
         known = self._schedules.get((key, course))
         if known is None:
-            blocks, rules, most = self._mask.blocks, self._mask.reuse, self._max_graphs
+            blocks, rules, most = self._mask.blocks, self._mask.rules.at(course), self._max_graphs
             if key not in self._slots:
                 self._slots[key] = slot_dependencies(self._captures[key].capture, blocks)
             slots = self._slots[key]
-            rows, log_snr = self._rows(self._compute(key), course)
+            rows = self._rows(self._compute(key), course)
             skips = any(before is not None and step != before + 1 for before, step in pairwise(course))
             if most is not None and skips:  # rows of several steps together
-                rows = merge_rows(slots, blocks, rows, rules, log_snr, most)
+                rows = merge_rows(slots, blocks, rows, rules, most)
             merged = most is not None and (skips or course == tuple(range(self._mask.steps)))
-            plans = (plan_merged if merged else plan_run)(slots, blocks, rows, rules, log_snr)
+            plans = (plan_merged if merged else plan_run)(slots, blocks, rows, rules)
             captured = self._captures[key]
             shared = self._shared[captured.origin] = share_graphs(plans, self._shared.get(captured.origin, {}))
             known = self._schedules[key, course] = Schedule(
@@ -523,9 +524,7 @@ class OptimizedDenoiser(DropIn):
             return mask.compute
         origin = self._captures[key].origin
         if origin not in self._merged:
-            self._merged[origin] = merge_rows(
-                self._slots[key], mask.blocks, mask.compute, mask.reuse, mask.log_snr, self._max_graphs
-            )
+            self._merged[origin] = merge_rows(self._slots[key], mask.blocks, mask.compute, mask.rules, self._max_graphs)
         return self._merged[origin]
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
@@ -595,8 +594,8 @@ class OptimizedDenoiser(DropIn):
             plans, slots, mask, sizes = schedule.plans, self._slots[key], self._mask, captured.capture.sizes
             if sizes:  # plans are made for the batch that was captured
                 slots = slot_dependencies(resized(captured.capture, sizes), mask.blocks)
-            held = plan_run(slots, mask.blocks, self._compute(key), ["hold"] * len(mask.blocks))
-            unmerged = plan_run(slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
+            held = plan_run(slots, mask.blocks, self._compute(key), Rules(["hold"] * len(mask.blocks)))
+            unmerged = plan_run(slots, mask.blocks, mask.compute, mask.rules)
             signatures.append(
                 SignatureReport(
                     inputs=captured.described,

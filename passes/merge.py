@@ -17,6 +17,7 @@ from passes.capture import Slot
 from passes.dependencies import Slots
 from passes.plan import GraphKey, Plan, plan_run
 from passes.rectify import Compute, rectify
+from passes.reuse import Rules
 
 Row = tuple[bool, ...]
 
@@ -25,22 +26,21 @@ def merge_rows(
     slots: Slots,
     blocks: Sequence[str],
     compute: Compute,
-    rules: Sequence[str],
-    log_snr: Sequence[float] | None,
+    rules: Rules,
     most: int,
 ) -> Compute:
     """A mask of at most ``most`` different rows, bool [steps, len(blocks)], for a run that starts with nothing stored.
 
-    compute, rules, log_snr: as in ``plan_run``. The result is rectified, and True wherever a rectified ``compute`` is.
+    compute, rules: as in ``plan_run``. The result is rectified, and True wherever a rectified ``compute`` is.
     """
     if most < 1:
         raise ValueError(f"a run needs at least one graph; got max_graphs={most}.")
-    compute = rectify(slots, blocks, compute, rules, log_snr)
+    compute = rectify(slots, blocks, compute, rules)
     while True:
-        merged = _merge(slots, compute, plan_run(slots, blocks, compute, rules, log_snr), most)
+        merged = _merge(slots, compute, plan_run(slots, blocks, compute, rules), most)
         # What a merged row computes may read a block that has not run before its step: that runs too.
         compute = merged.copy()
-        for row, plan in zip(compute, _plan(slots, blocks, merged, rules, log_snr), strict=True):
+        for row, plan in zip(compute, _plan(slots, blocks, merged, rules), strict=True):
             for call in slots.calls:
                 if not plan.slots.isdisjoint(call.slots):
                     row[[blocks.index(block) for block, _ in [(call.block, call.call), *call.enclosing]]] = True
@@ -48,15 +48,13 @@ def merge_rows(
             return merged
 
 
-def plan_merged(
-    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None = None
-) -> list[Plan]:
+def plan_merged(slots: Slots, blocks: Sequence[str], compute: Compute, rules: Rules) -> list[Plan]:
     """As ``plan_run``, but with one graph for all steps of equal rows of a mask made by ``merge_rows``.
 
     Where one of them has less to do than another, it does what the other does all the same.
     """
     rows = [tuple(row) for row in compute.tolist()]
-    plans = _plan(slots, blocks, compute, rules, log_snr)
+    plans = _plan(slots, blocks, compute, rules)
     keys: dict[Row, GraphKey] = {}
     for row, plan in zip(rows, plans, strict=True):
         keys[row] = _union(keys[row], plan.key) if row in keys else plan.key
@@ -89,14 +87,12 @@ def _merge(slots: Slots, compute: Compute, plans: Sequence[Plan], most: int) -> 
     return np.array([became[row] for row in rows])
 
 
-def _plan(
-    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None
-) -> list[Plan]:
+def _plan(slots: Slots, blocks: Sequence[str], compute: Compute, rules: Rules) -> list[Plan]:
     """Plans in which steps of equal rows compute the same, as far as their calls run."""
     rows: list[Row] = [tuple(row) for row in compute.tolist()]
     needed: dict[Row, frozenset[Slot | str]] = dict.fromkeys(rows, frozenset())
     while True:
-        plans = plan_run(slots, blocks, compute, rules, log_snr, [needed[row] for row in rows])
+        plans = plan_run(slots, blocks, compute, rules, [needed[row] for row in rows])
         before = dict(needed)
         for row, plan in zip(rows, plans, strict=True):
             needed[row] |= plan.slots

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from passes.capture import Slot
 from passes.dependencies import Slots
 from passes.rectify import Compute, Version, liveness, simulate, versions
+from passes.reuse import Rules
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,16 @@ def plan_run(
     slots: Slots,
     blocks: Sequence[str],
     compute: Compute,
-    rules: Sequence[str],
-    log_snr: Sequence[float] | None = None,
+    rules: Rules,
     also: Sequence[frozenset[Slot | str]] | None = None,
 ) -> list[Plan]:
     """One plan a step, for a run that starts with nothing stored.
 
-    compute: bool [steps, len(blocks)]. rules: the reuse rule of each block, and log_snr of each step, see ``passes.reuse``.
+    compute: bool [steps, len(blocks)]. rules: of reuse, for these blocks and steps.
     also: slots to compute at each step in any case, see ``passes.rectify.liveness``.
     """
     plans = []
-    for live in liveness(slots, simulate(slots, blocks, compute, rules, log_snr), also):
+    for live in liveness(slots, simulate(slots, blocks, compute, rules), also):
         inputs = {slot: versions(slot, made) for slot, made in live.read.items()}
         reads = tuple((slot, len(entering)) for slot, entering in inputs.items())
         plans.append(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from passes.capture import Slot
 from passes.dependencies import Slots
-from passes.reuse import Recall, recall
+from passes.reuse import Recall, Rules
 
 Call = tuple[str, int]
 Compute = NDArray[np.bool_]
@@ -53,13 +53,11 @@ class Liveness:
     held: frozenset[Version]
 
 
-def simulate(
-    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None = None
-) -> list[Calls]:
+def simulate(slots: Slots, blocks: Sequence[str], compute: Compute, rules: Rules) -> list[Calls]:
     """The block calls at each step of a run that starts with nothing stored.
 
-    compute: bool [steps, len(blocks)], True = compute. rules: the reuse rule of each block. log_snr: of each step, rising, NaN
-    where unknown. A call within a reused call does not run.
+    compute: bool [steps, len(blocks)], True = compute. rules: of reuse, for these blocks and steps. A call
+    within a reused call does not run.
     """
     column = {block: index for index, block in enumerate(blocks)}
     outer_first = slots.calls[::-1]  # calls are listed as they return
@@ -71,7 +69,7 @@ def simulate(
             call = (c.block, c.call)
             if all(outer in running for outer in c.enclosing) and (row[column[c.block]] or call not in ran):
                 running.add(call)
-        recalled = {call: recall(rules[column[call[0]]], at, step, log_snr) for call, at in ran.items() if call not in running}
+        recalled = {call: rules.recall(column[call[0]], at, step) for call, at in ran.items() if call not in running}
         for call in running:
             ran.setdefault(call, []).append(step)
         steps.append(Calls(frozenset(running), recalled))
@@ -98,16 +96,14 @@ def liveness(slots: Slots, steps: Sequence[Calls], also: Sequence[frozenset[Slot
     return live[::-1]
 
 
-def rectify(
-    slots: Slots, blocks: Sequence[str], compute: Compute, rules: Sequence[str], log_snr: Sequence[float] | None = None
-) -> Compute:
+def rectify(slots: Slots, blocks: Sequence[str], compute: Compute, rules: Rules) -> Compute:
     """The cheapest mask with the same results: bool [steps, len(blocks)], True only where a block must run.
 
     A block that encloses another one stays computed where the inner one must run: a mask cannot say "only this part of it".
     """
     rectified = np.zeros_like(compute)
     column = {block: index for index, block in enumerate(blocks)}
-    steps = simulate(slots, blocks, compute, rules, log_snr)
+    steps = simulate(slots, blocks, compute, rules)
     for step, live in enumerate(liveness(slots, steps)):
         for c in slots.calls:
             if (c.block, c.call) in steps[step].running and not live.computed.isdisjoint(c.slots):

@@ -10,11 +10,14 @@ counts. TaylorSeer (Liu et al. 2025, arXiv 2503.06923, eq. 6, order 1) forecasts
 neither clock everywhere, and reaching too far is worse than reaching short: the log-SNR slows down after the first steps of a
 run, whose differences say little about what follows, and races through the last ones. Past c = 1 the extrapolated value is
 held, which bounds what the rule can do where a mask leaves long gaps.
+
+A mask may know better how far to reach at each of its steps, from samples (``maskcompile.fit_reach``): its *reach* multiplies
+c, 0 holds, and the bound is wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isnan
 
@@ -23,8 +26,35 @@ RULES = ("hold", "linear")
 #: How far beyond the last computation *linear* reaches, as a multiple of the distance of the last two.
 SAFE_REACH = 1.0
 
+#: The same for a reach that was fitted.
+FITTED_REACH = 1.5
+
 #: log-SNR below which a denoiser sees noise alone (sigma = 20 alpha), and its features do not change with the log-SNR.
 FAINT = -6.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the outputs of blocks are reused in a run.
+
+    of_block: the rule of each block. log_snr: of each step of the run, rising (or falling, for inversion), NaN where unknown.
+    reach: of each step, at least 0.
+    """
+
+    of_block: Sequence[str]
+    log_snr: Sequence[float] | None = None
+    reach: Sequence[float] | None = None
+
+    def at(self, steps: Iterable[int | None]) -> Rules:
+        """For a run of these of the steps, None where it takes one that is not among them."""
+        taken = list(steps)
+        log_snr = self.log_snr and [float("nan") if step is None else self.log_snr[step] for step in taken]
+        reach = self.reach and [1.0 if step is None else self.reach[step] for step in taken]
+        return Rules(self.of_block, log_snr, reach)
+
+    def recall(self, column: int, ran: Sequence[int], step: int) -> Recall:
+        """See ``recall``, for the block of this column."""
+        return recall(self.of_block[column], ran, step, self.log_snr, 1.0 if self.reach is None else self.reach[step])
 
 
 @dataclass(frozen=True)
@@ -36,19 +66,19 @@ class Recall:
     c: float = 0.0
 
 
-def recall(rule: str, ran: Sequence[int], step: int, log_snr: Sequence[float] | None = None) -> Recall:
+def recall(rule: str, ran: Sequence[int], step: int, log_snr: Sequence[float] | None = None, reach: float = 1.0) -> Recall:
     """What ``rule`` makes of a block at ``step``.
 
     ran: the steps of the run at which the block ran so far, rising, at least one. log_snr: of each step of the run, rising (or
-    falling, for inversion), NaN where unknown. Nothing is extrapolated from a single computation.
+    falling, for inversion), NaN where unknown. reach: of the step. Nothing is extrapolated from a single computation.
     """
     if rule == "hold" or len(ran) == 1:
         return Recall(ran[-1])
     before, last = ran[-2:]
-    reach = min((step - last) / (last - before), SAFE_REACH)
+    c = min((step - last) / (last - before), SAFE_REACH)
     if log_snr is not None:
         i, a, b = (max(log_snr[at], FAINT) for at in (step, last, before))
         known = not any(isnan(log_snr[at]) for at in (step, last, before))
         if known and a != b:  # equal where both are faint
-            reach = min(reach, (i - a) / (a - b))
-    return Recall(last, before, reach)
+            c = min(c, (i - a) / (a - b))
+    return Recall(last, before, c if reach == 1 else min(reach * c, FITTED_REACH))

@@ -20,20 +20,20 @@ def copy(value):
     return value
 
 
-def extrapolate(outputs, clocks, step):
+def extrapolate(outputs, clocks, step, reach=None):
     """The line through the last two of ``outputs``, pairs (step, output) with the newest first, at ``step``.
 
     Of several clocks that which puts the step nearest, relative to the distance of the two outputs; at most as far as that,
-    and only where the result is finite.
+    and only where the result is finite. Or reach times as far, up to one and a half times that distance.
     A clock is a function of the step, None where it does not know the time.
     """
     newest = outputs[0][1]
     if len(outputs) == 1:
         return copy(newest)
     if isinstance(newest, dict):
-        return {k: extrapolate([(s, o[k]) for s, o in outputs], clocks, step) for k in newest}
+        return {k: extrapolate([(s, o[k]) for s, o in outputs], clocks, step, reach) for k in newest}
     if isinstance(newest, (tuple, list)):
-        return type(newest)(extrapolate([(s, o[i]) for s, o in outputs], clocks, step) for i in range(len(newest)))
+        return type(newest)(extrapolate([(s, o[i]) for s, o in outputs], clocks, step, reach) for i in range(len(newest)))
     if not isinstance(newest, torch.Tensor) or not (newest.is_floating_point() or newest.is_complex()):
         return copy(newest)
     ahead = [1.0]
@@ -43,22 +43,26 @@ def extrapolate(outputs, clocks, step):
             ahead.append((now - last) / (last - before))
     wide = torch.float32 if newest.dtype in (torch.float16, torch.bfloat16) else newest.dtype
     y = newest.to(wide)
-    value = (y + min(ahead) * (y - outputs[1][1].to(wide))).to(newest.dtype)
+    c = min(ahead) if reach is None else min(min(ahead) * reach, 1.5)
+    value = (y + c * (y - outputs[1][1].to(wide))).to(newest.dtype)
     return torch.where(value.isfinite(), value, newest)
 
 
 class Executor:
     """Runs ``model`` under boolean rows [steps][blocks]: False returns what the block's rule makes of its outputs so far.
 
-    order: 0 holds the last output, 1 extrapolates from the last two; of all blocks, or one for each. log_snr: of each step.
+    order: 0 holds the last output, 1 extrapolates from the last two; of all blocks, or one for each. log_snr, reach: of each step.
     """
 
-    def __init__(self, model, blocks: Sequence[str], compute: Sequence[Sequence[bool]], order=0, log_snr=None) -> None:
+    def __init__(
+        self, model, blocks: Sequence[str], compute: Sequence[Sequence[bool]], order=0, log_snr=None, reach=None
+    ) -> None:
         self.model, self.blocks, self.compute = model, list(blocks), compute
         self.order = dict(zip(blocks, [order] * len(blocks) if isinstance(order, int) else order, strict=True))
         self.clocks = [lambda s: s]
         if log_snr is not None:
             self.clocks.append(lambda s: None if s in self.outside else max(log_snr[s], -6.0))
+        self.reach = reach
         self.reset()
 
     def reset(self) -> None:
@@ -80,7 +84,7 @@ class Executor:
                 counts[name] += 1
                 if not runs and key in self.stored:
                     counts.update(self.within[key])  # calls that would have happened inside keep their numbers
-                    return extrapolate(self.stored[key], self.clocks, step)
+                    return extrapolate(self.stored[key], self.clocks, step, None if self.reach is None else self.reach[step])
                 before = counts.copy()
                 output = forward(*args, **kwargs)
                 self.stored[key] = [(step, copy(output)), *self.stored.get(key, [])][: self.order[name] + 1]

@@ -32,13 +32,13 @@ class Shares:
         rules = tuple(rules or self.mask.reuse)
         key = (compute.tobytes(), rules)
         if key not in self.known:
-            plans = plan_run(self.slots, self.mask.blocks, compute, rules, self.mask.log_snr)
+            plans = plan_run(self.slots, self.mask.blocks, compute, self.mask.replace(reuse=rules).rules)
             self.known[key] = sum(plan.macs for plan in plans) / max(1, self.slots.total_macs * self.mask.steps)
         return self.known[key]
 
     def rectified(self, mask: Mask) -> Compute:
         """The mask's decisions without those that nothing depends on."""
-        return rectify(self.slots, mask.blocks, mask.compute, mask.reuse, mask.log_snr)
+        return rectify(self.slots, mask.blocks, mask.compute, mask.rules)
 
 
 def first_cells(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:

@@ -54,12 +54,15 @@ class Fidelity:
         return np.concatenate([every[seed] for seed in wanted])
 
     def _of(self, mask: Mask, seed: int) -> NDArray[np.float64]:
+        return fidelity(self.outcome(mask, seed), self.references[seed])
+
+    def outcome(self, mask: Mask, seed: int) -> Tensor:
+        """[elements, numbers] of a sampling pass under the mask, in this process."""
         if mask != self.fast.mask:
             self.fast.forget_graphs(MOST_GRAPHS)
             self.fast.set_mask(mask)
         self.fast.reset()
-        got = outcome_of(self.model, self.sample, seed, self._masked, self.timestep)
-        return fidelity(got, self.references[seed])
+        return outcome_of(self.model, self.sample, seed, self._masked, self.timestep)
 
     def _masked(self, *args: Any, **kwargs: Any) -> Any:
         # The optimised denoiser may capture, which takes the model as it is.

@@ -15,7 +15,7 @@ from maskcompile.signature import Call, Key
 from passes.capture import Capture, Slot
 from passes.plan import GraphKey
 from passes.relax import blendable, relax
-from passes.reuse import recall
+from passes.reuse import Rules
 from passes.specialise import specialise
 
 #: What the blocks returned at a step, for each call of the step.
@@ -94,13 +94,12 @@ def recalled(
     ran: Sequence[Sequence[int]],
     step: int,
     calls: int,
-    rules: Sequence[str],
-    log_snr: Sequence[float] | None,
+    rules: Rules,
 ) -> Features:
     """What stands for the outputs of the blocks at each of the calls of ``step``.
 
     kept: what the blocks returned at earlier steps. ran: for each block, the steps at which it counts as computed,
-    rising. rules, log_snr: see ``Mask``. A call that a step had not is taken for its last one.
+    rising. rules: of reuse, for these blocks. A call that a step had not is taken for its last one.
     """
     column = {block: index for index, block in enumerate(blocks)}
 
@@ -112,7 +111,7 @@ def recalled(
         cached: dict[Slot, Tensor] = {}
         for slot in kept[max(kept)][0]:
             index = column[slot.block]
-            made = recall(rules[index], ran[index], step, log_snr)
+            made = rules.recall(index, ran[index], step)
             last = at(made.last, position)[slot]
             value = last if made.before is None else last + made.c * (last - at(made.before, position)[slot])
             cached[slot] = torch.where(value.isfinite(), value, last)

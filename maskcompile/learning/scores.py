@@ -26,6 +26,7 @@ from maskcompile.learning.processes import Processes
 from maskcompile.learning.recording import Recording
 from maskcompile.learning.relaxed import Features, RelaxedDenoiser, recalled
 from passes.knowledge import KNOWLEDGE
+from passes.reuse import Rules
 
 RELAXATIONS = ("random", "gumbel")
 
@@ -80,13 +81,12 @@ class _State:
 @dataclass(frozen=True)
 class Target:
     """What the scores are for. weights: float64 [blocks], each block's share of a step's MACs. floor: share of the MACs that
-    always run. budget: share to keep. rules, log_snr: see ``Mask``."""
+    always run. budget: share to keep. rules: of reuse."""
 
     weights: NDArray[np.float64]
     floor: float
     budget: float
-    rules: Sequence[str]
-    log_snr: Sequence[float] | None
+    rules: Rules
 
     def share(self, scores: NDArray[np.float64]) -> float:
         """Share of the MACs that scores [steps, blocks] stand for."""
@@ -166,7 +166,7 @@ def _epoch(
                 kept[at] = relaxed.observe(recording.steps[at])
                 report(1.0)
         ran = [[at for at in (step - 2, step - 1) if at >= 0]] * len(relaxed.blocks)
-        cached = recalled(relaxed.blocks, kept, ran, step, len(calls), target.rules, target.log_snr)
+        cached = recalled(relaxed.blocks, kept, ran, step, len(calls), target.rules)
         logits, first, second = state.logits[step].copy(), state.first[step].copy(), state.second[step].copy()
         steepness = np.zeros_like(logits)
         for update in range(options.updates):

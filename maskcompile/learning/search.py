@@ -63,7 +63,8 @@ class Evaluations:
     @staticmethod
     def key(mask: Mask, seeds: Sequence[int]) -> str:
         """Of a mask's fidelity on these seeds, in the memo."""
-        return sha256(repr((mask.compute.tobytes().hex(), mask.reuse, list(seeds))).encode()).hexdigest()[:24]
+        reach = () if mask.reach is None else (mask.reach,)
+        return sha256(repr((mask.compute.tobytes().hex(), mask.reuse, list(seeds), *reach)).encode()).hexdigest()[:24]
 
     def part(self, mask: Mask, seeds: Sequence[int]) -> NDArray[np.float64]:
         """float64 [elements of these seeds]."""

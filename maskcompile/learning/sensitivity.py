@@ -33,7 +33,7 @@ def sensitivities(
     for step, calls in enumerate(recording.steps):
         if step in wanted and step > 0:
             ran = [_ran(mask, block, step) for block in range(len(mask.blocks))]
-            cached = recalled(mask.blocks, kept, ran, step, len(calls), mask.reuse, mask.log_snr)
+            cached = recalled(mask.blocks, kept, ran, step, len(calls), mask.rules)
             device = calls[0].call.tensors[0].device
             slopes = [relaxed.error(calls, cached, torch.full((len(mask.blocks),), s, device=device))[1] for s in AT]
             result[step] = np.maximum(-torch.stack(slopes).double().mean(0).cpu().numpy(), 0.0)

@@ -143,7 +143,7 @@ def test_the_masked_pictures_are_the_executors(ddpm, folders):
     compute = mask.compute.copy()
     compute[0] = True
     order = [int(rule == "linear") for rule in mask.reuse]
-    executor, drawn = Executor(sampler.denoiser, mask.blocks, compute, order, mask.log_snr), []
+    executor, drawn = Executor(sampler.denoiser, mask.blocks, compute, order, mask.log_snr, mask.reach), []
     for start in (0, 2, 4):
         executor.reset()
         steps = iter(range(4))

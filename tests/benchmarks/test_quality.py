@@ -58,12 +58,12 @@ def test_the_report_by_hand(tmp_path):
 
     two, three = "uniform(interval=2)", "uniform(interval=3)"
     rows = [
-        row("hold", two, 40.0), row("linear", two, 47.0), row("linear by step", two, 45.0),
+        row("hold", two, 40.0), row("linear", two, 47.0), row("linear by step", two, 45.0), row("linear fitted", two, 48.0),
         row("hold", three, 30.0, share=0.35), row("linear", three, 35.0, share=0.35), row("linear by step", three, 33.0),
         row(None, None, 31.0, steps=25), row("linear", two, 0.0, frechet=1.25),
         row("hold", two, 20.0, solver="DDIM, eta 1"), row("linear", two, 18.0, solver="DDIM, eta 1"),
     ]  # fmt: skip
-    del rows[7]["psnr"]
+    del rows[8]["psnr"]
     document = {"setting": "", "pictures": 1, "frechet_pictures": 1, "features": "classifier", "rows": rows}
     (tmp_path / "quality.json").write_text(json.dumps(document))
     speeds = {f"{two}, hold": 1.8, f"{two}, linear": 1.75, f"{three}, hold": 2.6, f"{three}, linear": 2.5}
@@ -72,10 +72,11 @@ def test_the_report_by_hand(tmp_path):
     quality_report.write(tmp_path)
     text = (tmp_path / "quality.md").read_text()
     assert (
-        "| DiT | 50 | uniform(interval=2) | 50.0% | 40.0 | 47.0 | 45.0 | +7.0 | 0.9000 / 0.9000 | - / - | - / 1.250 |" in text
+        "| DiT | 50 | uniform(interval=2) | 50.0% | 40.0 | 47.0 | 45.0 | 48.0 | +7.0 | 0.9000 / 0.9000 | - / - | - / 1.250 |"
+        in text
     )
     assert "| DiT | all | +6.0 dB (+5.0 to +7.0) |" in text
-    assert "| DiT | 50 | 50% | 25 steps | uniform(interval=2), linear: 50.0% | 47.0 / 31.0 / - / - |" in text
+    assert "| DiT | 50 | 50% | 25 steps | uniform(interval=2), linear fitted: 50.0% | 48.0 / 31.0 / - / - |" in text
     assert "| DiT | 50 | DDIM, eta 1 | uniform(interval=2) | 50.0% | 20.0 | 18.0 | -2.0 |" in text
     # Hold reaches 35 dB half way between its masks at 40 dB (1.8x) and 30 dB (2.6x), and 47 dB nowhere.
     assert "| DiT | uniform(interval=3) | 35.0 | 2.50x | 2.20x |" in text

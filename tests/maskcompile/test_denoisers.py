@@ -18,6 +18,7 @@ from tests.denoisers import denoiser
 from tests.executor import Executor
 
 LOG_SNR = (-6.0, -2.0, 0.0, 1.0, 5.0)
+REACH = (1.0, 1.0, 0.5, 4.0, 0.0)
 
 
 def tensors_of(output):
@@ -30,7 +31,8 @@ def tensors_of(output):
 def check(case, fast, mask, calls):
     """A run of ``fast`` under ``mask`` is one of the executor; returns the executor's results."""
     fast.set_mask(mask)
-    executor = Executor(case.model, mask.blocks, mask.compute, [("hold", "linear").index(r) for r in mask.reuse], mask.log_snr)
+    order = [("hold", "linear").index(r) for r in mask.reuse]
+    executor = Executor(case.model, mask.blocks, mask.compute, order, mask.log_snr, mask.reach)
     results = []
     for step, (args, kwargs) in enumerate(calls):
         results.append(tensors_of(executor.step(step, *args, **kwargs)))
@@ -57,7 +59,7 @@ def test_any_layout_is_the_executor(name):
     compute = np.random.default_rng(0).random(full.compute.shape) < 0.4
     compute[:2], compute[-1] = True, False
     held = check(case, fast, full.replace(compute), calls)
-    extrapolated = check(case, fast, full.replace(compute, reuse="linear", log_snr=LOG_SNR), calls)
+    extrapolated = check(case, fast, full.replace(compute, reuse="linear", log_snr=LOG_SNR, reach=REACH), calls)
     divided = mc.optimize(case.model, full, backend="eager", regions=True)
     for a, b in zip(check(case, divided, full.replace(compute), calls)[-1], held[-1], strict=True):
         assert torch.equal(a, b)
@@ -86,7 +88,7 @@ def test_what_cannot_be_captured_is_skipped_module_by_module(name):
             held = check(case, fast, full.replace(compute), calls)
             mixed = [("hold", "linear")[i % 2] for i in range(len(full.blocks))]
             check(case, fast, full.replace(compute, reuse=mixed), calls)
-            extrapolated = check(case, fast, full.replace(compute, reuse="linear", log_snr=LOG_SNR), calls)
+            extrapolated = check(case, fast, full.replace(compute, reuse="linear", log_snr=LOG_SNR, reach=REACH), calls)
     assert not torch.equal(held[-1][0], plain[-1][0])
     assert not torch.equal(held[-1][0], extrapolated[-1][0])
     assert vars(case.model.get_submodule(full.blocks[0])) == before

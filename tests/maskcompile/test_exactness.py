@@ -28,6 +28,7 @@ def traced(request):
 
 RULES = ("hold", "linear")
 LOG_SNR = (-9.0, -3.0, -2.0, 1.0, 5.0)
+REACH = (1.0, 1.0, 0.5, 4.0, 0.0)
 
 
 def rows(width: int):
@@ -65,11 +66,14 @@ def test_any_mask_is_the_executor(traced):
     calls = [case.inputs(case.batch, timestep, step) for step, timestep in enumerate(case.timesteps)]
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(rows(len(program.names)), rules(len(program.names)), st.sampled_from([None, LOG_SNR]))
-    def check(compute, reuse, log_snr):
+    @given(
+        rows(len(program.names)), rules(len(program.names)), st.sampled_from([None, LOG_SNR]), st.sampled_from([None, REACH])
+    )
+    def check(compute, reuse, log_snr, reach):
         for fast in both:
-            fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps, reuse=reuse, log_snr=log_snr))
-        executor = Executor(case.model, program.names, compute, [RULES.index(rule) for rule in reuse], log_snr)
+            described = {"reuse": reuse, "log_snr": log_snr, "reach": reach}
+            fast.set_mask(mc.Mask(compute, blocks=program.names, timesteps=case.timesteps, **described))
+        executor = Executor(case.model, program.names, compute, [RULES.index(rule) for rule in reuse], log_snr, reach)
         for step, (args, kwargs) in enumerate(calls):
             expected = executor.step(step, *args, **kwargs)
             for fast in both:

@@ -57,7 +57,7 @@ def sampler(case, calls=None, steps=STEPS):
 
 def executed(case, mask, seed, **options):
     """What ``sample`` comes to when the forward-hook executor runs the mask."""
-    executor = Executor(case.model, mask.blocks, mask.compute.tolist(), log_snr=mask.log_snr, **options)
+    executor = Executor(case.model, mask.blocks, mask.compute.tolist(), log_snr=mask.log_snr, reach=mask.reach, **options)
     step = iter(range(mask.steps))
     return sampler(case)(seed, lambda *args, **kwargs: executor.step(next(step), *args, **kwargs))
 

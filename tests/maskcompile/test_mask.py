@@ -83,7 +83,7 @@ def test_join_full_and_equality():
     assert len({example(), example(), other}) == 2
     for changes in ({"blocks": ["a", "c"]}, {"reuse": "linear"}, {"log_snr": [0, 1]}):
         assert example() != example(**changes)
-        with pytest.raises(mc.MaskError, match="same blocks, timesteps, reuse rules and log-SNR"):
+        with pytest.raises(mc.MaskError, match="same blocks, timesteps, reuse rules, log-SNR and reach"):
             example() | example(**changes)
     linear = example().replace(reuse="linear", log_snr=[0, 1], seed=3)
     assert linear == example(reuse=["linear", "linear"], log_snr=[0, 1])
@@ -130,6 +130,10 @@ def test_scheduler_tensors_are_timesteps():
             r"each of the 3 steps, all rising \(or all falling",
         ),
         ({"log_snr": [1]}, "each of the 2 steps"),
+        ({"reach": [1]}, "reach has one factor, 0 to 4, for each of the 2 steps"),
+        ({"reach": [1, -0.1]}, "reach has one factor, 0 to 4"),
+        ({"reach": [1, 4.1]}, "reach has one factor, 0 to 4"),
+        ({"reach": [1, float("nan")]}, "reach are finite numbers; got nan"),
         ({"log_snr": [float("-inf"), 1]}, "log_snr are finite numbers; got -inf"),
     ],
 )
@@ -144,7 +148,7 @@ def test_wrong_masks_say_what_is_wrong(changes, message):
         ('{"format": "maskcompile mask", "vers', "not a whole JSON file"),
         ("[]", "no mask file"),
         ('{"scores": [[0.5]]}', "no mask file"),
-        ('{"format": "maskcompile mask", "version": 9}', "version 9; this maskcompile reads versions 1 and 2"),
+        ('{"format": "maskcompile mask", "version": 9}', "version 9; this maskcompile reads versions 1, 2, 3"),
         ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1]}', "lacks the list 'compute'"),
         ('{"format": "maskcompile mask", "version": 1, "blocks": ["a"], "timesteps": [1], "compute": ["2"]}', "row 0"),
         (
@@ -163,6 +167,14 @@ def test_wrong_masks_say_what_is_wrong(changes, message):
         (
             '{"format": "maskcompile mask", "version": 2, "blocks": ["a"], "timesteps": [1], "compute": ["1"], "log_snr": 7}',
             "log_snr",
+        ),
+        (
+            '{"format": "maskcompile mask", "version": 2, "blocks": ["a"], "timesteps": [1], "compute": ["1"], "reach": [1]}',
+            "a reach needs mask format version 3; this file says 2",
+        ),
+        (
+            '{"format": "maskcompile mask", "version": 3, "blocks": ["a"], "timesteps": [1], "compute": ["1"], "reach": 1}',
+            "'reach' must be a list of numbers",
         ),
         ("\x00\xff", "not a whole JSON file"),
     ],

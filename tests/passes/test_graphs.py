@@ -15,6 +15,7 @@ from passes.dependencies import slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import plan_run, share_graphs
 from passes.rectify import Version, rectify
+from passes.reuse import Rules
 from passes.specialise import specialise
 from tests.executor import Executor
 from tests.toys import Chain, RandomDag
@@ -32,19 +33,24 @@ def captured(request):
 
 
 def masks(model):
-    """(compute, the reuse rule of each block, the log-SNR of each step or None)."""
+    """(compute, rules of reuse)."""
     width = len(model.names())
-    gaps = st.lists(st.floats(0.01, 8), min_size=STEPS, max_size=STEPS)
+    gaps, reach = (st.lists(st.floats(*ends), min_size=STEPS, max_size=STEPS) for ends in ((0.01, 8), (0, 4)))
     return st.tuples(
         arrays(np.bool_, (STEPS, width)),
-        st.lists(st.sampled_from(RULES), min_size=width, max_size=width),
-        st.none() | gaps.map(lambda drawn: tuple((np.cumsum(drawn) - 12).tolist())),
+        st.builds(
+            Rules,
+            st.lists(st.sampled_from(RULES), min_size=width, max_size=width),
+            st.none() | gaps.map(lambda drawn: tuple((np.cumsum(drawn) - 12).tolist())),
+            st.none() | reach,
+        ),
     )
 
 
 def executor_of(model, mask):
-    compute, rules, log_snr = mask
-    return Executor(model, model.names(), compute, order=[RULES.index(rule) for rule in rules], log_snr=log_snr)
+    compute, rules = mask
+    order = [RULES.index(rule) for rule in rules.of_block]
+    return Executor(model, model.names(), compute, order=order, log_snr=rules.log_snr, reach=rules.reach)
 
 
 def run(found, blocks, mask, inputs, planned=plan_run):
@@ -91,12 +97,12 @@ def test_merged_rows_need_few_graphs_and_are_the_executor(captured):
     @SETTINGS
     @given(masks(model), st.integers(1, 4))
     def check(mask, most):
-        compute, *reuse = mask
-        merged = merge_rows(slots, model.names(), compute, *reuse, most)
-        needed = rectify(slots, model.names(), compute, *reuse)
+        compute, rules = mask
+        merged = merge_rows(slots, model.names(), compute, rules, most)
+        needed = rectify(slots, model.names(), compute, rules)
         assert (merged >= needed).all()
-        executor = executor_of(model, (merged, *reuse))
-        plans, results, macs = run(found, model.names(), (merged, *reuse), inputs, plan_merged)
+        executor = executor_of(model, (merged, rules))
+        plans, results, macs = run(found, model.names(), (merged, rules), inputs, plan_merged)
         for step, tensors in enumerate(inputs):
             expected = executor.step(step, *tensors)
             assert torch.equal(results[step][0], expected["sample"])
@@ -104,7 +110,7 @@ def test_merged_rows_need_few_graphs_and_are_the_executor(captured):
         assert macs == [plan.macs for plan in plans]
         assert len({plan.key for plan in plans}) <= most
         if len(np.unique(needed, axis=0)) <= most:  # nothing to merge
-            assert macs == [plan.macs for plan in plan_run(slots, model.names(), needed, *reuse)]
+            assert macs == [plan.macs for plan in plan_run(slots, model.names(), needed, rules)]
 
     check()
 
@@ -116,11 +122,11 @@ def test_merging_takes_the_cheapest_pair():
     found = capture(model, inputs, {}, composite_modules(model))
     slots = slot_dependencies(found, ["a", "b", "c"])
     compute = np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=bool)
-    rules = ["hold"] * 3
-    merged = merge_rows(slots, ["a", "b", "c"], compute, rules, None, 2)
+    rules = Rules(["hold"] * 3)
+    merged = merge_rows(slots, ["a", "b", "c"], compute, rules, 2)
     assert merged.tolist() == [[True] * 3, *[[False, True, True]] * 3, [True] * 3]
     with pytest.raises(ValueError, match="at least one graph; got max_graphs=0"):
-        merge_rows(slots, ["a", "b", "c"], compute, rules, None, 0)
+        merge_rows(slots, ["a", "b", "c"], compute, rules, 0)
 
 
 def test_rectifying_changes_cost_and_nothing_else(captured):
@@ -130,15 +136,15 @@ def test_rectifying_changes_cost_and_nothing_else(captured):
     @SETTINGS
     @given(masks(model))
     def check(mask):
-        compute, *reuse = mask
-        cheaper = rectify(slots, model.names(), compute, *reuse)
-        before, after = executor_of(model, mask), executor_of(model, (cheaper, *reuse))
+        compute, rules = mask
+        cheaper = rectify(slots, model.names(), compute, rules)
+        before, after = executor_of(model, mask), executor_of(model, (cheaper, rules))
         for step, tensors in enumerate(inputs):
             expected, actual = before.step(step, *tensors), after.step(step, *tensors)
             assert torch.equal(expected["sample"], actual["sample"])
             assert torch.equal(expected["first"], actual["first"])
-        assert np.array_equal(rectify(slots, model.names(), cheaper, *reuse), cheaper)
-        spent = [sum(p.macs for p in plan_run(slots, model.names(), m, *reuse)) for m in (compute, cheaper)]
+        assert np.array_equal(rectify(slots, model.names(), cheaper, rules), cheaper)
+        spent = [sum(p.macs for p in plan_run(slots, model.names(), m, rules)) for m in (compute, cheaper)]
         assert spent[1] <= spent[0]
 
     check()

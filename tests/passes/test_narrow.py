@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import maskcompile as mc
 from maskcompile import compile as compiling
 from passes.plan import plan_run
+from passes.reuse import Rules
 from passes.specialise import specialise
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
@@ -20,7 +21,7 @@ from tests.executor import Executor
 
 def graphs(program, compute):
     """(as it is, narrowed) for every step."""
-    for plan in plan_run(program.slots, program.names, compute, ["hold"] * len(program.names)):
+    for plan in plan_run(program.slots, program.names, compute, Rules(["hold"] * len(program.names))):
         yield tuple(specialise(program.capture, plan.key, narrow) for narrow in (False, True))
 
 
@@ -199,6 +200,6 @@ def test_regions_narrow_too(batch, dtype, monkeypatch):
         for a, b in zip(tensors_of(ours), tensors_of(executor.step(step, *args, **kwargs)), strict=True):
             torch.testing.assert_close(a, b)
     assert fast.report().signatures[0].regions
-    plan = plan_run(program.slots, program.names, mask.compute, ["hold"] * 4)[1]
+    plan = plan_run(program.slots, program.names, mask.compute, Rules(["hold"] * 4))[1]
     width, layers = 16, 2
     assert plan.macs - sum(macs) == 4 * layers * batch * width * width

@@ -13,6 +13,7 @@ from passes.capture import CaptureError, Slot, capture, composite_modules
 from passes.dependencies import OUTPUT, slot_dependencies
 from passes.plan import GraphKey, plan_run, share_graphs
 from passes.rectify import rectify
+from passes.reuse import Rules
 from passes.specialise import specialise
 from tests.denoisers import denoiser
 from tests.toys import Chain
@@ -28,7 +29,7 @@ def chain():
 
 
 def plans(slots, *rows):
-    return plan_run(slots, ["a", "b", "c"], np.array([[c == "1" for c in row] for row in rows]), ["hold"] * 3)
+    return plan_run(slots, ["a", "b", "c"], np.array([[c == "1" for c in row] for row in rows]), Rules(["hold"] * 3))
 
 
 def test_slot_dependencies_of_the_chain(chain):
@@ -67,13 +68,13 @@ def test_rectified_mask_by_hand(chain):
     _, slots = chain
     compute = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 1]], dtype=bool)
     # Step 0 has nothing stored and computes all; at step 1 c is reused and a, b feed nobody, but step 2 reuses b.
-    assert rectify(slots, ["a", "b", "c"], compute, ["hold"] * 3).tolist() == [
+    assert rectify(slots, ["a", "b", "c"], compute, Rules(["hold"] * 3)).tolist() == [
         [True] * 3,
         [True, True, False],
         [True, False, True],
     ]
     compute[2] = True
-    assert rectify(slots, ["a", "b", "c"], compute, ["hold"] * 3).tolist() == [[True] * 3, [False] * 3, [True] * 3]
+    assert rectify(slots, ["a", "b", "c"], compute, Rules(["hold"] * 3)).tolist() == [[True] * 3, [False] * 3, [True] * 3]
 
 
 def test_plans_that_only_store_less_share_a_graph(chain):
@@ -100,7 +101,7 @@ def test_the_work_of_skipped_blocks_is_gone(name):
     for trial in range(6):
         compute = np.ones((2, len(program.names)), dtype=bool)
         compute[1] = rng.random(len(program.names)) < trial / 6
-        found = plan_run(program.slots, program.names, compute, ["hold"] * len(program.names))
+        found = plan_run(program.slots, program.names, compute, Rules(["hold"] * len(program.names)))
         for own, key in share_graphs(found, {}).items():
             graph = specialise(program.capture, key)
             if own.reads:
@@ -121,7 +122,7 @@ def test_all_reused_leaves_the_head_of_the_unet_alone():
     args, kwargs = case.inputs(2, 901, 0)
     program = mc.trace(case.model, *args, **kwargs)
     compute = np.array([[True], [False]]).repeat(len(program.names), 1)
-    plan = plan_run(program.slots, program.names, compute, ["hold"] * len(program.names))[1]
+    plan = plan_run(program.slots, program.names, compute, Rules(["hold"] * len(program.names)))[1]
     graph = specialise(program.capture, plan.key)
     assert weights_of(graph) == {f"{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
 

@@ -14,6 +14,7 @@ from passes.capture import capture, composite_modules
 from passes.dependencies import result_nodes, slot_dependencies
 from passes.plan import plan_run
 from passes.regions import partition, select_regions, structure
+from passes.reuse import Rules
 from tests.denoisers import TINY, denoiser
 from tests.toys import Chain, RandomDag
 
@@ -44,7 +45,7 @@ def test_regions_are_executed_as_a_whole_or_not_at_all(parts):
     @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
     @given(arrays(np.bool_, (STEPS, len(blocks))), st.sampled_from(["hold", "linear"]))
     def check(compute, rule):
-        for plan in plan_run(slots, blocks, compute, [rule] * len(blocks)):
+        for plan in plan_run(slots, blocks, compute, Rules([rule] * len(blocks))):
             selected = select_regions(found, whole, plan.key)
             nodes = [node for region in selected for node in region.nodes if node in found.macs]
             assert len(nodes) == len(set(nodes))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.reuse import FAINT, RULES, Recall, recall
+from passes.reuse import FAINT, RULES, Recall, Rules, recall
 
 HISTORIES = st.lists(st.integers(0, 40), min_size=1, max_size=6, unique=True).map(sorted)
 
@@ -35,6 +36,21 @@ HISTORIES = st.lists(st.integers(0, 40), min_size=1, max_size=6, unique=True).ma
 )
 def test_by_hand(rule, ran, step, log_snr, made):
     assert recall(rule, ran, step, log_snr) == made
+    assert recall(rule, ran, step, log_snr, 0.5) == replace(made, c=made.c / 2)
+    assert recall(rule, ran, step, log_snr, 4.0) == replace(made, c=min(4 * made.c, 1.5))
+    assert recall(rule, ran, step, log_snr, 0.0) == replace(made, c=0.0)
+
+
+def test_rules_for_some_of_the_steps():
+    rules = Rules(["hold", "linear"], [-4.0, -1.0, 0.0, 1.0], [1.0, 1.0, 0.5, 2.0])
+    assert rules.at([0, 2, 3]) == Rules(["hold", "linear"], [-4.0, 0.0, 1.0], [1.0, 0.5, 2.0])
+    assert Rules(["linear"]).at([None, 2]) == Rules(["linear"])
+    unknown = rules.at([None, 1, 2])
+    assert unknown.reach == [1.0, 1.0, 0.5]
+    assert math.isnan(unknown.log_snr[0])
+    assert unknown.recall(1, [0, 1], 2) == Recall(1, 0, 0.5)
+    assert rules.recall(1, [0, 2], 3) == Recall(2, 0, 0.5)
+    assert rules.recall(0, [0, 2], 3) == Recall(2)
 
 
 @given(HISTORIES, st.integers(1, 20), st.lists(st.floats(0.01, 5), min_size=61, max_size=61), st.sampled_from(RULES))

@@ -57,7 +57,7 @@ class HookedDenoiser(StandIn):
         super().__init__(model)
         order = [("hold", "linear").index(rule) for rule in mask.reuse]
         self.__dict__.update(
-            mask=mask, make=lambda: Executor(model, mask.blocks, mask.compute, order, mask.log_snr), executors=[], shapes=[],
+            mask=mask, make=lambda: Executor(model, mask.blocks, mask.compute, order, mask.log_snr, mask.reach), executors=[], shapes=[],
             last=None, calls=0, expected=(1,),
         )  # fmt: skip
 

@@ -1,0 +1,146 @@
+"""How far to reach at each step, fitted to samples: worth what it says by the executor, and no worse than trying all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import maskcompile as mc
+from maskcompile.learning.fidelity import fidelity
+from tests.denoisers import denoiser
+from tests.executor import Executor
+from tests.maskcompile.test_learn import executed, sampler
+
+
+class Pair(nn.Module):
+    """Two blocks whose outputs bend over the timesteps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x, timestep):
+        x = x + self.first(x * torch.cos(timestep / 300))
+        return x + self.second(x * torch.sin(timestep / 200))
+
+
+TIMESTEPS = (900, 750, 600, 450, 300, 150)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    return Pair().eval()
+
+
+def sample(seed, model, step=None):
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for position, t in enumerate(TIMESTEPS):
+            x = x - 0.1 * (model(x, torch.tensor(t)) if step is None else step(position, x, torch.tensor(t)))
+    return x
+
+
+def decibels(model, mask, reach, seeds=(0, 1)):
+    """By the executor."""
+    found = []
+    for seed in seeds:
+        executor = Executor(model, mask.blocks, mask.compute, order=1, log_snr=mask.log_snr, reach=reach)
+        found.append(fidelity(sample(seed, model, executor.step), sample(seed, model)))
+    return float(np.concatenate(found).mean())
+
+
+def test_it_finds_what_trying_all_finds(pair):
+    """Two steps extrapolate: reach 0, 0.2, ... 4 of both, against two rounds of fitting."""
+    compute = np.ones((6, 2), dtype=bool)
+    compute[[2, 4]] = False
+    mask = mc.Mask(compute, blocks=["first", "second"], timesteps=TIMESTEPS, reuse="linear", provenance={"by": "hand"})
+    fitted = mc.fit_reach(mask, pair, lambda seed: sample(seed, pair), progress=False)
+    assert fitted.replace(reach=None) == mask
+    assert fitted.provenance["by"] == "hand"
+    assert [r for step, r in enumerate(fitted.reach) if step not in (2, 4)] == [1, 1, 1, 1]
+    tried = [[1, 1, a, 1, b, 1] for a, b in itertools.product(np.linspace(0, 4, 21), repeat=2)]
+    best = max(decibels(pair, mask, reach) for reach in tried)
+    assert decibels(pair, mask, None) + 1 < best
+    assert decibels(pair, mask, fitted.reach) > best - 0.25
+    assert decibels(pair, mask, fitted.reach, seeds=range(10, 30)) > decibels(pair, mask, None, seeds=range(10, 30)) + 1
+
+
+def test_a_published_schedule_gains_on_noise_not_seen():
+    case = denoiser("unet2d")
+    run = sampler(case)
+    args, kwargs = case.inputs(case.batch, 999, 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    timesteps = [875, 750, 625, 500, 375, 250, 125, 0]
+    mask = mc.schedules.uniform(program, timesteps, 3, warmup=2, reuse="linear")
+    fitted = mc.fit_reach(mask, case.model, run, progress=False)
+    gains = []
+    for seed in range(20, 24):
+        before, after = (executed(case, m, seed, order=1) for m in (mask, fitted))
+        gains.append(fidelity(after, run(seed)).mean() - fidelity(before, run(seed)).mean())
+    assert min(gains) > 0
+
+
+def test_learning_does_it_by_itself():
+    case = denoiser("unet2d")
+    searched, learned = (
+        mc.learn(case.model, sampler(case), 0.5, method=mc.Search(passes=8, reach=reach), reuse="linear", progress=False)
+        for reach in (False, True)
+    )
+    assert searched.reach is None
+    assert learned == mc.fit_reach(searched, case.model, sampler(case), progress=False)
+    assert learned.provenance["fidelity_db"] >= searched.provenance["fidelity_db"]
+    assert learned.provenance["passes"] > searched.provenance["passes"]
+
+
+def test_where_nothing_is_gained_the_mask_comes_back():
+    """The blocks return the same at every step, so that reaching further changes nothing."""
+
+    class Still(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+        def forward(self, x, timestep):
+            return x * torch.cos(timestep / 300) + self.block(torch.ones_like(x))
+
+    model = Still().eval()
+    mask = mc.Mask([[True], [True], *[[False]] * 4], blocks=["block"], timesteps=TIMESTEPS, reuse="linear")
+    assert mc.fit_reach(mask, model, lambda seed: sample(seed, model), progress=False) is mask
+
+
+def test_bad_input(pair):
+    mask = mc.Mask(np.eye(6, 2, dtype=bool), blocks=["first", "second"], timesteps=TIMESTEPS, reuse="linear")
+
+    def run(seed):
+        return sample(seed, pair)
+
+    with pytest.raises(mc.MaskError, match=r"nothing reaches anywhere: mask\.replace\(reuse='linear'\) does"):
+        mc.fit_reach(mask.replace(reuse="hold"), pair, run)
+    with pytest.raises(mc.MaskError, match=r"names block 'second', which Linear does not have|'first', which Linear"):
+        mc.fit_reach(mask, nn.Linear(8, 8).eval(), run)
+    with pytest.raises(
+        mc.MaskError, match="the mask has 3 timesteps from 900 on, and sample\\(0\\) called the denoiser at 6 from 900"
+    ):
+        mc.fit_reach(mask.resample([900, 600, 300]), pair, run)
+    with pytest.raises(ValueError, match="already optimised; fit with the original"):
+        mc.fit_reach(mask, mc.optimize(pair, mask, backend="eager"), run)
+
+
+def test_files_keep_it(tmp_path):
+    mask = mc.Mask(np.eye(6, 2, dtype=bool), blocks=["a", "b"], timesteps=TIMESTEPS, reuse="linear", reach=[1, 1, 0.5, 2, 0, 4])
+    mask.save(tmp_path / "mask.json")
+    document = json.loads((tmp_path / "mask.json").read_text())
+    assert (document["version"], document["reach"]) == (3, [1, 1, 0.5, 2, 0, 4])
+    assert mc.Mask.load(tmp_path / "mask.json") == mask != mask.replace(reach=None)
+    assert "with a reach of its own at each step" in repr(mask)
+    assert str(mask).splitlines()[-1] == "reach of each step: 1 1 0.5 2 0 4"
+    assert mask.resample(TIMESTEPS) == mask
+    assert mask.resample(TIMESTEPS[::2]).reach is None  # it was fitted to other gaps
+    with pytest.raises(mc.MaskError, match="log-SNR and reach"):
+        mask | mask.replace(reach=None)
