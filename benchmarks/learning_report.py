@@ -61,7 +61,7 @@ def report(document: Row, rows: list[Row]) -> str:
     for steps in sorted({row["steps"] for row in rows}):
         of = [row for row in rows if row["steps"] == steps and not row["rules"]]
         parts += [f"## {steps} steps", "PSNR", table(of, "psnr", ".1f"), gains(of), "SSIM", table(of, "ssim", ".4f")]
-    parts += ["## What learning took", effort(rows), "## The paper's ablations", ablations(rows)]
+    parts += ["## Spread", spread(rows), "## What learning took", effort(rows), "## The paper's ablations", ablations(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,6 +104,28 @@ def gains(rows: list[Row]) -> str:
                 f"mean from 40% on {mean(above):+.1f} dB."
             )
     return "\n\n".join(lines)
+
+
+def spread(rows: list[Row]) -> str:
+    """How the learned masks differ from picture to picture, and with the noise that they were learned from."""
+    lines = [
+        "PSNR of the learned mask, mean and standard deviation over the pictures; of a mask learned from other noise; and of "
+        "the best of the others.",
+        "",
+        "| denoiser | steps | budget | learned | from other noise | best of the others |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if (row["kind"], row["reuse"]) != ("search", "linear"):
+            continue
+        same = {name: row[name] for name in ("denoiser", "steps", "budget")}
+        others = [r for r in rows if {n: r[n] for n in same} == same and not r["kind"].startswith("search") and not r["rules"]]
+        shown = [row, found(rows, **same, kind="search, other noise"), max(others, key=lambda r: r["psnr"], default=None)]
+        cells = ["-" if r is None else f"{r['psnr']:.1f} ({r['psnr_spread']:.1f})" for r in shown]
+        if shown[2] is not None:
+            cells[2] += f" {COLUMNS[shown[2]['kind'], shown[2]['reuse']]}"
+        lines.append(f"| {NAMES[row['denoiser']]} | {row['steps']} | {row['budget']:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def effort(rows: list[Row]) -> str:

@@ -152,8 +152,8 @@ def fit_reach(
     """The mask with how far "linear" reaches at each step fitted to samples: a better one at the same cost.
 
     For any mask that extrapolates, a published schedule for one; ``learn`` does it by itself. It takes about two masked
-    sampling passes for each step that reuses something (``maskcompile.learning.reach``). sample, seeds, timestep, backend,
-    progress: as for ``learn``. The mask comes back as it was where nothing is gained.
+    sampling passes for each step that reuses something, of up to 32 steps (``maskcompile.learning.reach``). sample, seeds,
+    timestep, backend, progress: as for ``learn``. The mask comes back as it was where nothing is gained.
 
     Raises MaskError for a mask that extrapolates nothing, or not made for the timesteps of the sampler, and ValueError as
     ``learn`` does.

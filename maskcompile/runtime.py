@@ -62,6 +62,9 @@ from passes.reuse import Rules
 
 CudaGraphs = bool | Literal["auto"]
 
+#: Runs of different steps (where they start, which of the mask's they take) whose plans are kept.
+MOST_SCHEDULES = 64
+
 #: Scheduler tensors whose last calling thread is remembered.
 MOST_CALLERS = 64
 
@@ -493,8 +496,8 @@ class OptimizedDenoiser(DropIn):
         return ModuleRun(self.original, self._uncaptured[key], mask.blocks, rows, mask.rules.at(course))
 
     def _schedule(self, key: Key, course: Course) -> Schedule:
-        """Plans of a run."""
-        known = self._schedules.get((key, course))
+        """Plans of a run. Those used least recently are let go of, where there are many."""
+        known = self._schedules.pop((key, course), None)
         if known is None:
             blocks, rules, most = self._mask.blocks, self._mask.rules.at(course), self._max_graphs
             if key not in self._slots:
@@ -508,9 +511,10 @@ class OptimizedDenoiser(DropIn):
             plans = (plan_merged if merged else plan_run)(slots, blocks, rows, rules)
             captured = self._captures[key]
             shared = self._shared[captured.origin] = share_graphs(plans, self._shared.get(captured.origin, {}))
-            known = self._schedules[key, course] = Schedule(
-                plans, shared, partial(captured.graph, blocks=blocks), captured.assembler()
-            )
+            known = Schedule(plans, shared, partial(captured.graph, blocks=blocks), captured.assembler())
+        self._schedules[key, course] = known
+        while len(self._schedules) > MOST_SCHEDULES:
+            self._drop_arenas(self._schedules.pop(next(iter(self._schedules))))
         return known
 
     def _whole(self, key: Key) -> Schedule:

@@ -11,7 +11,7 @@ from tests.denoisers import denoiser
 
 
 def row(kind, reuse, psnr, budget=0.5, **more):
-    figures = {"share": budget, "psnr": psnr, "ssim": 0.9, "graphs": 3}
+    figures = {"share": budget, "psnr": psnr, "psnr_spread": psnr / 10, "ssim": 0.9, "graphs": 3}
     return {"denoiser": "unet", "steps": 20, "budget": budget, "kind": kind, "reuse": reuse, "rules": [], **figures, **more}
 
 
@@ -29,6 +29,12 @@ def test_the_gain_is_over_the_best_of_the_others():
     said = learning_report.gains(rows)
     assert "-5.0 at 30%, -1.0 at 40%, +3.5 at 50%" in said
     assert "mean from 40% on +1.2 dB" in said
+    rows.append(row("search, other noise", "linear", 46.5))
+    assert learning_report.spread(rows).splitlines()[4:] == [
+        "| UNet | 20 | 50% | 47.0 (4.7) | 46.5 (4.7) | 43.5 (4.3) uniform, linear |",
+        "| UNet | 20 | 40% | 40.0 (4.0) | - | 41.0 (4.1) uniform, linear |",
+        "| UNet | 20 | 30% | 30.0 (3.0) | - | 35.0 (3.5) paper's method |",
+    ]
     cells = learning_report.table(rows, "psnr", ".1f").splitlines()[2].split(" | ")
     assert cells[1:5] == ["50%", "47.0", "-", "46.0"]
 

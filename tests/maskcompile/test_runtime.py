@@ -137,6 +137,16 @@ def test_a_scheduler_that_takes_some_of_the_masks_steps(seed, taken, most):
         assert report.reusing_calls == 2 * sum(not all(row) for row in rows[1:])
 
 
+def test_plans_of_runs_long_past_are_let_go(monkeypatch):
+    """Runs that start anywhere, as in pictures from pictures at any strength."""
+    monkeypatch.setattr(runtime, "MOST_SCHEDULES", 3)
+    model, compute, fast = make(0)
+    for _ in range(2):
+        for start in range(5):
+            assert_follows(fast, truth(model, compute), range(start, 5))
+            assert len(fast._schedules) <= 3
+
+
 def test_tensors_that_are_no_schedulers_say_nothing_of_the_steps_to_come():
     """Timesteps taken from a longer tensor, from one the other way round, and not all of those of a scheduler."""
     model, compute, fast = make(0)
