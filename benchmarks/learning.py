@@ -49,7 +49,7 @@ SEED, OTHER = 2_000_000, 3_000_000
 
 #: name -> learn's method
 METHODS: dict[str, Any] = {
-    "search, reach 1": mc.Search(reach=False),
+    "search, reach not fitted": mc.Search(reach=False),
     "search": mc.Search(),
     "search, other noise": mc.Search(),
     "paper": mc.Paper(),
@@ -86,7 +86,7 @@ class Trial:
 def trials(denoisers: list[str], steps: list[int], budgets: list[float], ablations: bool) -> Iterator[Trial]:
     """All of them, what matters most first."""
     for total, budget, name in product(steps, budgets, denoisers):
-        yield Trial(name, total, budget, "search, reach 1")
+        yield Trial(name, total, budget, "search, reach not fitted")
         yield Trial(name, total, budget, "search")
         for other in ("uniform", "deepcache", "random") if name == "unet" else ("uniform", "random"):
             yield Trial(name, total, budget, other)
@@ -175,10 +175,10 @@ class Bench:
             single = time.process_time() - start
             start = time.process_time()
             if trial.kind == "search" and trial.reuse == "linear":  # what ``learn`` does, in two parts, to show both
-                before, described = self.learned(dataclasses.replace(trial, kind="search, reach 1"), t, log_snr)
+                before, described = self.learned(dataclasses.replace(trial, kind="search, reach not fitted"), t, log_snr)
                 time_taken = described["passes_of_time"]
                 start = time.process_time()
-                mask = mc.fit_reach(before, t.denoiser, one)
+                mask = mc.fit_reach(t.denoiser, before, one)
             else:
                 mask = mc.learn(
                     t.denoiser, one, trial.budget, method=method, reuse=trial.reuse, log_snr=log_snr,

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 #: (kind, reuse) -> heading, in the order of the columns
 COLUMNS = {
     ("search", "linear"): "**learned**",
-    ("search, reach 1", "linear"): "its reach not fitted",
+    ("search, reach not fitted", "linear"): "its reach not fitted",
     ("search", "hold"): "learned, hold",
     ("paper", "linear"): "paper's method, linear",
     ("paper", "hold"): "paper's method",
@@ -123,7 +123,7 @@ def spread(rows: list[Row]) -> str:
         shown = [row, found(rows, **same, kind="search, other noise"), max(others, key=lambda r: r["psnr"], default=None)]
         cells = ["-" if r is None else f"{r['psnr']:.1f} ({r['psnr_spread']:.1f})" for r in shown]
         if shown[2] is not None:
-            cells[2] += f" {COLUMNS[shown[2]['kind'], shown[2]['reuse']]}"
+            cells[2] += f" {COLUMNS.get((shown[2]['kind'], shown[2]['reuse']), shown[2]['kind'])}"
         lines.append(f"| {NAMES[row['denoiser']]} | {row['steps']} | {row['budget']:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

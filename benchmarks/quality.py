@@ -170,7 +170,7 @@ class Samplers:
             t = self.task(trial.denoiser, trial.steps, trial.solver)
             mask = trial.choice.mask(self.programs[trial.denoiser], t)
             if trial.choice.reuse == "linear fitted":
-                mask = mc.fit_reach(mask, t.denoiser, lambda seed: sample(t, t.denoiser, noise(FIT // 2, 1000 * seed)))
+                mask = mc.fit_reach(t.denoiser, mask, lambda seed: sample(t, t.denoiser, noise(FIT // 2, 1000 * seed)))
             self.masks[trial] = mask
         return self.masks[trial]
 

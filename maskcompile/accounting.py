@@ -112,7 +112,8 @@ def rectify(mask: Mask, program: Program, rules: Sequence[str] = ()) -> Mask:
         raise MaskError(f"a rule of rectification is one of {', '.join(map(repr, KNOWLEDGE))}; got {unknown[0]!r}.")
     compute = by_knowledge(program, mask.blocks, mask.compute, rules)
     cheapest = _rectify(slots_of(program, mask), mask.blocks, compute, mask.rules)
-    return mask.replace(cheapest, rectified=[*rules, "liveness"])
+    reach = None if rules else mask.reach
+    return mask.replace(cheapest, reach=reach, rectified=[*rules, "liveness"])
 
 
 def by_knowledge(program: Program, blocks: Sequence[str], compute: Compute, rules: Sequence[str]) -> Compute:

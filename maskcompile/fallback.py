@@ -102,7 +102,7 @@ class ModuleStep:
 
 @dataclass
 class ModuleRun:
-    """The steps of a run under a mask, from some step on; stands where ``maskcompile.steps.Schedule`` does.
+    """The steps of a run under a mask; stands where ``maskcompile.steps.Schedule`` does.
 
     compute: bool [steps, blocks]. steps: stays empty, so that whoever executes one holds the denoiser's lock: forwards are
     replaced in the model itself.

@@ -29,6 +29,7 @@ from maskcompile.learning.search import Evaluations, Found, search
 from maskcompile.learning.sensitivity import AT, sensitivities
 from maskcompile.mask import Mask, MaskError, check_mask
 from maskcompile.program import Program, trace
+from maskcompile.runs import Clock
 from maskcompile.runtime import OptimizedDenoiser
 from maskcompile.schedules import deepcache
 from maskcompile.signature import check_capturable
@@ -40,9 +41,9 @@ from passes.rectify import Compute
 class Search:
     """The default method, for ``learn(method=...)``: see ``maskcompile.learning.search``.
 
-    passes: denoiser work to spend, in unmasked sampling passes over all seeds; a masked pass counts for the share of the MACs
-    that it keeps. starts: further masks to begin with, for the same blocks and timesteps. reach: whether to fit how far
-    "linear" reaches at each step, afterwards, see ``fit_reach``.
+    passes: denoiser work of the search, in unmasked sampling passes over all seeds; a masked pass counts for the share of the
+    MACs that it keeps. starts: further masks to begin with, for the same blocks and timesteps. reach: whether to fit how far
+    "linear" reaches at each step, which comes on top, see ``fit_reach``.
     """
 
     passes: float = 150.0
@@ -94,8 +95,7 @@ def learn(
     options = METHODS.get(method, method) if isinstance(method, str) else method
     if not isinstance(options, Search | Paper):
         raise ValueError(f"method is 'search' or 'paper', or Search(...) or Paper(...); got {method!r}.")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds are one or more different numbers; got {list(seeds)}.")
+    _check_seeds(seeds)
     check_budget(budget, 0.0)
     with launched() as processes, torch.inference_mode(False):
         recordings = [record(model, sample, seed, timestep) for seed in seeds]
@@ -140,8 +140,8 @@ def learn(
 
 
 def fit_reach(
-    mask: Mask,
     model: nn.Module,
+    mask: Mask,
     sample: Sample,
     *,
     seeds: Sequence[int] = (0, 1),
@@ -151,42 +151,62 @@ def fit_reach(
 ) -> Mask:
     """The mask with how far "linear" reaches at each step fitted to samples: a better one at the same cost.
 
-    For any mask that extrapolates, a published schedule for one; ``learn`` does it by itself. It takes about two masked
-    sampling passes for each step that reuses something, of up to 32 steps (``maskcompile.learning.reach``). sample, seeds,
-    timestep, backend, progress: as for ``learn``. The mask comes back as it was where nothing is gained.
+    For any mask that extrapolates, a published schedule for one; ``learn``'s search does it by itself. It takes about two
+    masked sampling passes for each step that reuses something, of up to 32 steps (``maskcompile.learning.reach``). sample,
+    seeds, timestep, backend, progress: as for ``learn``; the samples have two elements at least. The mask comes back as it was
+    where nothing is gained.
 
     Raises MaskError for a mask that extrapolates nothing, or not made for the timesteps of the sampler, and ValueError as
     ``learn`` does.
     """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"a reach is fitted to a maskcompile.Mask; got {type(mask).__name__}.")
     if "linear" not in mask.reuse:
         raise MaskError("the mask holds whatever it reuses, so nothing reaches anywhere: mask.replace(reuse='linear') does.")
     if isinstance(model, OptimizedDenoiser):
-        raise ValueError("this denoiser is already optimised; fit with the original: fit_reach(mask, fast.original, ...).")
+        raise ValueError("this denoiser is already optimised; fit with the original: fit_reach(fast.original, mask, ...).")
     check_capturable(model)
     check_mask(mask, model)
+    _check_seeds(seeds)
     with launched() as processes, torch.inference_mode(False):
         recordings = [record(model, sample, seed, timestep) for seed in seeds]
         _check_alike(recordings)
         first = recordings[0]
-        if tuple(first.timesteps) != mask.timesteps:
-            raise MaskError(
-                f"the mask has {mask.steps} timesteps from {mask.timesteps[0]:g} on, and sample({first.seed}) called the "
-                f"denoiser at {len(first.timesteps)} from {first.timesteps[0]:g} on; fit it with the sampler that it is for."
-            )
+        _check_timesteps(mask, first)
         call = first.steps[0][0].call
         program = trace(model, *call.args, blocks=list(mask.blocks), **call.kwargs)
         shares = Shares(program, mask)
         references = {r.seed: r.outcome for r in recordings}
-        fidelity = Fidelity(model, sample, references, Mask.full(mask.blocks, mask.timesteps), backend, timestep, processes)
+        full = Mask.full(mask.blocks, mask.timesteps)
+        fidelity = Fidelity(model, sample, references, full, backend, timestep, processes)
         with tqdm(desc="fitting", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
             evaluate = Evaluations(fidelity, shares, Memo(None, {}), bar)
-            bar.total = round(1 + reach.work(mask, evaluate))
+            bar.total = round(1 + shares(mask.compute, mask.reuse) + reach.work(mask, evaluate))
             evaluate.spend(1.0)
             found = reach.fit(Found(mask, evaluate(mask)), evaluate)
-            if found.mask is mask:
-                return mask
-            passes = float(mask.provenance.get("passes", 0.0)) + evaluate.passes
-            return found.mask.replace(passes=round(passes, 1), fidelity_db=round(float(found.decibels.mean()), 3))
+    if found.mask is mask:
+        return mask
+    decibels = round(float(found.decibels.mean()), 3)
+    return found.mask.replace(reach_passes=round(evaluate.passes, 1), fidelity_db=decibels, reach_seeds=list(seeds))
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds are one or more different numbers; got {list(seeds)}.")
+
+
+def _check_timesteps(mask: Mask, recording: Recording) -> None:
+    """Raises MaskError unless the sampler calls the denoiser at the mask's timesteps, within the coarsest rounding."""
+    clock = Clock(mask)
+    steps = [clock.step(timestep, torch.finfo(torch.bfloat16).eps) for timestep in recording.timesteps]
+    wrong = next((i for i, step in enumerate(steps) if step != i), None)
+    if wrong is not None or len(steps) != mask.steps:
+        at = min(mask.steps, len(steps)) if wrong is None else wrong
+        ours, theirs = (f"{given[at]:g}" if at < len(given) else "none" for given in (mask.timesteps, recording.timesteps))
+        raise MaskError(
+            f"the mask is for {mask.steps} timesteps and sample({recording.seed}) called the denoiser at {len(steps)}; at "
+            f"step {at} the mask has {ours} and the sampler {theirs}. Fit it with the sampler that it is for."
+        )
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,11 @@ from torch import nn
 
 from maskcompile.files import write_whole
 from passes.capture import Capture
-from passes.reuse import RULES, Rules
+from passes.reuse import MOST_REACH, RULES, Rules
 
 FORMAT = "maskcompile mask"
 #: A file is of the first version that can say what it says: 2 has reuse rules and a log-SNR, 3 a reach.
 VERSIONS = (1, 2, 3)
-
-#: Largest factor of how far "linear" reaches at a step.
-MOST_REACH = 4.0
 
 
 class MaskError(ValueError):
@@ -40,9 +37,10 @@ class Mask:
     reused output, one for all blocks or one for each: "hold" (the output of the last step that computed the block) or
     "linear" (the last two outputs extrapolated to the step; see ``passes.reuse``). log_snr: T rising values,
     log(alpha^2 / sigma^2) at each step, by which "linear" measures distances beside the step index (``maskcompile.log_snr``
-    reads them off a scheduler). reach: T factors, 0 to 4, of how far "linear" reaches at each step; 0 holds (``fit_reach``
-    finds them). denoiser and block_hash say what the mask was made for (see ``hash_blocks``) and are checked
-    by ``optimize`` where present. provenance: JSON-able facts on where the mask came from (method, budget, seeds, versions).
+    reads them off a scheduler). reach: T factors, 0 to 4, of how far "linear" reaches at each step of these very rows
+    (``fit_reach`` finds them); 0 holds, and nothing reaches further than 1.5 times the distance of the last two outputs.
+    denoiser and block_hash say what the mask was made for (see ``hash_blocks``) and are checked by ``optimize`` where present.
+    provenance: JSON-able facts on where the mask came from (method, budget, seeds, versions).
 
     Immutable. Raises MaskError for a wrong shape or dtype, duplicate blocks, duplicate or unsorted timesteps, unknown rules,
     a log-SNR that does not rise, a reach out of range.
@@ -138,7 +136,7 @@ class Mask:
 
     @property
     def reach(self) -> tuple[float, ...] | None:
-        """How far *linear* reaches at each step, as a factor; None where it is 1 at all."""
+        """How far *linear* reaches at each step, as a factor; None where that is 1 at every step."""
         return self._reach
 
     @property
@@ -189,15 +187,18 @@ class Mask:
         reach: Iterable[float] | EllipsisType | None = ...,
         **provenance: Any,
     ) -> Mask:
-        """The same mask with another ``compute``, ``reuse``, ``log_snr`` or ``reach`` (None takes these away).
+        """The same mask with another ``compute``, ``reuse``, ``log_snr`` or ``reach`` (None takes away the last two).
 
-        Provenance is added to.
+        A reach is fitted to decisions and rules, and goes where these change. Provenance is added to.
         """
         described = self._described() | {"provenance": {**self.provenance, **provenance}}
         described |= {} if reuse is None else {"reuse": reuse}
         described |= {} if isinstance(log_snr, EllipsisType) else {"log_snr": log_snr}
-        described |= {} if isinstance(reach, EllipsisType) else {"reach": reach}
-        return Mask(self.compute if compute is None else compute, **described)
+        changed = Mask(self.compute if compute is None else compute, **(described | {"reach": None}))
+        if isinstance(reach, EllipsisType):
+            same = changed.reuse == self.reuse and np.array_equal(changed.compute, self.compute)
+            reach = self.reach if same else None
+        return changed if reach is None else Mask(changed.compute, **(described | {"reach": reach}))
 
     def resample(self, timesteps: Iterable[float], *, log_snr: Iterable[float] | None = None) -> Mask:
         """The mask for a run of other timesteps: another number of steps, other spacing, a run that starts late.
@@ -207,6 +208,8 @@ class Mask:
         (error diffusion, as in dithering), for taking the nearest row would make of every second step computed either all or
         none of half as many steps. The first step of the run takes the mask's first row. A run of more steps repeats rows. On
         its own timesteps a mask stays as it is.
+
+        A reach, which is fitted to the mask's own steps, is lost.
 
         timesteps: in sampling order, in the mask's direction, of any number, see ``steps_of``. log_snr: at each of them; where
         the mask has a log-SNR and none is given, it is interpolated along the timesteps. Raises MaskError for timesteps in the
@@ -232,7 +235,6 @@ class Mask:
         if snr is None and self.log_snr is not None:
             snr = tuple(_line(sign * np.asarray(new), sign * own, np.asarray(self.log_snr)).tolist())
         chosen = _rows_for(self.compute, np.interp(sign * np.asarray(new), sign * own, np.arange(self.steps, dtype=np.float64)))
-        # A reach is fitted to the gaps of a mask's own rows.
         reach = self.reach if new == self.timesteps else None
         described = self._described() | {"timesteps": new, "log_snr": snr, "reach": reach}
         if new != self.timesteps:
@@ -256,7 +258,7 @@ class Mask:
         return hash((self.blocks, self.timesteps, self.reuse, self.compute.tobytes()))
 
     def __or__(self, other: Mask) -> Mask:
-        """Compute where either mask computes. Raises MaskError unless blocks, timesteps and reuse rules are the same."""
+        """Compute where either mask computes. Raises MaskError unless all but that, and the provenance, is the same."""
         if not isinstance(other, Mask):
             return NotImplemented
         if (self.blocks, self.timesteps, self.rules) != (other.blocks, other.timesteps, other.rules):

@@ -22,7 +22,7 @@ from passes.buffers import Buffers
 from passes.capture import Slot
 from passes.rectify import Version
 
-#: Arenas that a denoiser has at a time: for runs in progress, and for each of its signatures and starting steps.
+#: Arenas that a denoiser has at a time: for runs in progress, and for each of its signatures and of the steps that runs take.
 MOST_ARENAS = 8
 
 Run = Callable[[], Sequence[Tensor]]

@@ -67,13 +67,15 @@ class Where(NamedTuple):
 class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
-    key: of the capture. schedule: that it follows. course: the mask's steps, one a plan. position: plans executed so
-    far. cache: see ``maskcompile.steps`` and ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of its own.
+    key: of the capture. schedule: that it follows. course: the mask's steps, one a plan. source: the memory of the scheduler's
+    tensor that says so, where it leaves steps out. position: plans executed so far. cache: see ``maskcompile.steps`` and
+    ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of its own.
     """
 
     key: Key
     schedule: Schedule | ModuleRun
     course: Course
+    source: int | None = None
     position: int = 0
     cache: tuple[Any, ...] = ()
     lease: Lease | None = None
@@ -159,8 +161,8 @@ def locate(clock: Clock, timestep: Tensor, last: Where | None) -> Where:
 def course_of(clock: Clock, where: Where, timestep: Tensor) -> Course:
     """The steps of the mask that a run takes which begins at ``where``.
 
-    Those of the scheduler's tensor where it names steps of the mask alone, in their order: it may leave some out, and end
-    early. Else all from there on, and None before them where the mask does not know the first timestep.
+    Those of the scheduler's tensor where it names steps of the mask alone, in their order, and leaves some out in between. Else
+    all from there on, and None before them where the mask does not know the first timestep.
     """
     if where.step is None:
         return None, *range(clock.following(where.order), len(clock.known))
@@ -176,7 +178,13 @@ def course_of(clock: Clock, where: Where, timestep: Tensor) -> Course:
             named.append(step)
     if where.step not in named or any(after < before for before, after in pairwise(named)):
         return onwards
-    return tuple(named[named.index(where.step) :])
+    taken = tuple(named[named.index(where.step) :])
+    return taken if leaves_out(taken) else onwards
+
+
+def leaves_out(course: Course) -> bool:
+    """Whether the mask has steps between those of a course."""
+    return any(before is not None and step != before + 1 for before, step in pairwise(course))
 
 
 def _tolerance(timestep: Tensor) -> float:
@@ -204,6 +212,8 @@ def current(runs: Runs, key: Key) -> Trajectory | None:
     if found is None or runs.last.step is None or found.next_step != runs.last.step or found.key != key:
         return None
     if found.lease is not None and found.lease.lost:
+        return None
+    if found.source is not None and (runs.last.source is None or runs.last.source.pointer != found.source):
         return None
     return found
 

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +35,7 @@ from maskcompile.graphs import SignatureGraphs
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.replay import MOST_ARENAS, Arena, Lease, LeaseLost, addresses, obstacle
 from maskcompile.report import Report, SignatureReport
-from maskcompile.runs import Clock, Course, Runs, Trajectory, Where, advance, commit, course_of, current, locate
+from maskcompile.runs import Clock, Course, Runs, Trajectory, Where, advance, commit, course_of, current, leaves_out, locate
 from maskcompile.signature import (
     Binder,
     Bound,
@@ -57,12 +56,13 @@ from passes.capture import CaptureError, Slot, check_call, composite_modules, re
 from passes.dependencies import Slots, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
+from passes.rectify import rectify
 from passes.regions import divisible
 from passes.reuse import Rules
 
 CudaGraphs = bool | Literal["auto"]
 
-#: Runs of different steps (where they start, which of the mask's they take) whose plans are kept.
+#: Runs of different steps (where they start, which of the mask's they take) whose plans are kept, for each capture.
 MOST_SCHEDULES = 64
 
 #: Scheduler tensors whose last calling thread is remembered.
@@ -166,7 +166,7 @@ class OptimizedDenoiser(DropIn):
             self._schedules: dict[tuple[Key, Course], Schedule] = {}
             self._drop_arenas()
             self._slots: dict[Key, Slots] = {}
-            self._merged: dict[Key, NDArray[np.bool_]] = {}
+            self._merged: dict[Key, tuple[NDArray[np.bool_], Rules]] = {}
             self._shared: dict[Key, dict[GraphKey, GraphKey]] = {}
             self._recaptures = 0
             self._forget_runs()
@@ -247,7 +247,7 @@ class OptimizedDenoiser(DropIn):
                     trajectory = self._begin(call, timestep, where, runs)
         try:
             step, outputs, cache = self._step(trajectory, call.tensors)
-            self._count(runs, where, step.reuses)
+            self._count(runs, where, step.reuses, went_on=trajectory.position > 0)
             own.runs = commit(runs, trajectory._replace(position=trajectory.position + 1, cache=cache))
         except BaseException:
             if trajectory.lease is not None:  # what the run needs may be overwritten
@@ -291,10 +291,11 @@ class OptimizedDenoiser(DropIn):
         """A trajectory that starts at this call, with nothing in its cache. runs: of this thread, as they are then."""
         self._use(call.key)
         course = course_of(self._clock, where, timestep)
+        source = where.source.pointer if where.source is not None and leaves_out(course) else None
         if call.key in self._uncaptured:
-            return Trajectory(call.key, self._module_run(call.key, course), course)
+            return Trajectory(call.key, self._module_run(call.key, course), course, source)
         schedule = self._schedule(call.key, course)
-        return Trajectory(call.key, schedule, course, lease=self._lease(call, schedule, runs))
+        return Trajectory(call.key, schedule, course, source, lease=self._lease(call, schedule, runs))
 
     def _lease(self, call: Bound, schedule: Schedule, runs: Runs) -> Lease | None:
         """Memory to replay a run on; None where nothing is replayed, or as many runs as can be are in progress."""
@@ -347,7 +348,7 @@ class OptimizedDenoiser(DropIn):
             for old in [old for old in made if old not in origins]:
                 del made[old]  # type: ignore[attr-defined]
 
-    def _count(self, runs: Runs, where: Where, reuses: bool) -> None:
+    def _count(self, runs: Runs, where: Where, reuses: bool, went_on: bool) -> None:
         """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
         with self._lock:
             counts = self._counts
@@ -367,7 +368,7 @@ class OptimizedDenoiser(DropIn):
             counts.skipped += 1
             if counts.unknown + counts.skipped == 1:
                 before = runs.trajectories[runs.calls]
-                more = "the mask computes between the two" if before.next_step == where.step else "it needs"
+                more = "the mask computes between the two" if went_on else "it needs"
                 _warn(
                     f"this run skips from step {before.course[before.position - 1]} of the mask to step {where.step}; a step "
                     f"after a skip computes all that {more}. "
@@ -491,44 +492,50 @@ class OptimizedDenoiser(DropIn):
         return rows
 
     def _module_run(self, key: Key, course: Course) -> ModuleRun:
-        """The same without a graph."""
+        """What executes a run of a denoiser that could not be captured."""
         rows, mask = self._rows(self._mask.compute, course), self._mask
         return ModuleRun(self.original, self._uncaptured[key], mask.blocks, rows, mask.rules.at(course))
 
     def _schedule(self, key: Key, course: Course) -> Schedule:
-        """Plans of a run. Those used least recently are let go of, where there are many."""
+        """Plans of a run. The least recently used of a capture are let go of, where there are many."""
         known = self._schedules.pop((key, course), None)
         if known is None:
-            blocks, rules, most = self._mask.blocks, self._mask.rules.at(course), self._max_graphs
+            blocks, most = self._mask.blocks, self._max_graphs
             if key not in self._slots:
                 self._slots[key] = slot_dependencies(self._captures[key].capture, blocks)
-            slots = self._slots[key]
-            rows = self._rows(self._compute(key), course)
-            skips = any(before is not None and step != before + 1 for before, step in pairwise(course))
-            if most is not None and skips:  # rows of several steps together
-                rows = merge_rows(slots, blocks, rows, rules, most)
+            slots, skips = self._slots[key], leaves_out(course)
+            if most is not None and skips:
+                rules = self._mask.rules.at(course)
+                rows = merge_rows(slots, blocks, self._rows(self._mask.compute, course), rules, most)
+            else:
+                whole, rules = self._compute(key)
+                rows, rules = self._rows(whole, course), rules.at(course)
             merged = most is not None and (skips or course == tuple(range(self._mask.steps)))
             plans = (plan_merged if merged else plan_run)(slots, blocks, rows, rules)
             captured = self._captures[key]
             shared = self._shared[captured.origin] = share_graphs(plans, self._shared.get(captured.origin, {}))
             known = Schedule(plans, shared, partial(captured.graph, blocks=blocks), captured.assembler())
         self._schedules[key, course] = known
-        while len(self._schedules) > MOST_SCHEDULES:
-            self._drop_arenas(self._schedules.pop(next(iter(self._schedules))))
+        of_capture = [entry for entry in self._schedules if entry[0] == key]
+        for entry in of_capture[:-MOST_SCHEDULES]:
+            self._drop_arenas(self._schedules.pop(entry))
         return known
 
     def _whole(self, key: Key) -> Schedule:
         """Plans of a run through the whole mask."""
         return self._schedule(key, tuple(range(self._mask.steps)))
 
-    def _compute(self, key: Key) -> NDArray[np.bool_]:
-        """The mask's rows, merged where there may not be as many graphs as they take."""
+    def _compute(self, key: Key) -> tuple[NDArray[np.bool_], Rules]:
+        """The mask's rows and rules, merged where there may not be as many graphs as they take; a reach is for its own rows."""
         mask = self._mask
         if self._max_graphs is None:
-            return mask.compute
+            return mask.compute, mask.rules
         origin = self._captures[key].origin
         if origin not in self._merged:
-            self._merged[origin] = merge_rows(self._slots[key], mask.blocks, mask.compute, mask.rules, self._max_graphs)
+            slots = self._slots[key]
+            rows = merge_rows(slots, mask.blocks, mask.compute, mask.rules, self._max_graphs)
+            own = np.array_equal(rows, rectify(slots, mask.blocks, mask.compute, mask.rules))
+            self._merged[origin] = rows, mask.rules if own else replace(mask.rules, reach=None)
         return self._merged[origin]
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
@@ -598,7 +605,7 @@ class OptimizedDenoiser(DropIn):
             plans, slots, mask, sizes = schedule.plans, self._slots[key], self._mask, captured.capture.sizes
             if sizes:  # plans are made for the batch that was captured
                 slots = slot_dependencies(resized(captured.capture, sizes), mask.blocks)
-            held = plan_run(slots, mask.blocks, self._compute(key), Rules(["hold"] * len(mask.blocks)))
+            held = plan_run(slots, mask.blocks, self._compute(key)[0], Rules(["hold"] * len(mask.blocks)))
             unmerged = plan_run(slots, mask.blocks, mask.compute, mask.rules)
             signatures.append(
                 SignatureReport(

@@ -71,7 +71,7 @@ class Step:
 
 @dataclass
 class Schedule:
-    """The plans of a run under a mask, from some step on, and what executes them as far as it has been made.
+    """The plans of a run under a mask, and what executes them as far as it has been made.
 
     graphs: which graph executes a plan's. graph: makes one. assemble: the denoiser's result of its tensors. coefficients: as
     the graphs take them, made once, so that nothing is copied to a device at every step.

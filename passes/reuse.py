@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isnan
 
 RULES = ("hold", "linear")
@@ -28,6 +29,9 @@ SAFE_REACH = 1.0
 
 #: The same for a reach that was fitted.
 FITTED_REACH = 1.5
+
+#: The largest reach of a step: a factor of c, which the log-SNR may make small.
+MOST_REACH = 4.0
 
 #: log-SNR below which a denoiser sees noise alone (sigma = 20 alpha), and its features do not change with the log-SNR.
 FAINT = -6.0
@@ -46,11 +50,15 @@ class Rules:
     reach: Sequence[float] | None = None
 
     def at(self, steps: Iterable[int | None]) -> Rules:
-        """For a run of these of the steps, None where it takes one that is not among them."""
+        """For a run of these of the steps, None where it takes one that is not among them.
+
+        A reach is fitted to the gaps between a mask's own rows: where steps are left out, there is none.
+        """
         taken = list(steps)
         log_snr = self.log_snr and [float("nan") if step is None else self.log_snr[step] for step in taken]
-        reach = self.reach and [1.0 if step is None else self.reach[step] for step in taken]
-        return Rules(self.of_block, log_snr, reach)
+        whole = all(before is None or step == before + 1 for before, step in pairwise(taken))
+        reach = self.reach and whole and [1.0 if step is None else self.reach[step] for step in taken]
+        return Rules(self.of_block, log_snr, reach or None)
 
     def recall(self, column: int, ran: Sequence[int], step: int) -> Recall:
         """See ``recall``, for the block of this column."""

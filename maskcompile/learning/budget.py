@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Shares:
         rules = tuple(rules or self.mask.reuse)
         key = (compute.tobytes(), rules)
         if key not in self.known:
-            plans = plan_run(self.slots, self.mask.blocks, compute, self.mask.replace(reuse=rules).rules)
+            plans = plan_run(self.slots, self.mask.blocks, compute, replace(self.mask.rules, of_block=rules))
             self.known[key] = sum(plan.macs for plan in plans) / max(1, self.slots.total_macs * self.mask.steps)
         return self.known[key]
 

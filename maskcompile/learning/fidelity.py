@@ -80,12 +80,16 @@ def fidelity(outcome: Tensor, reference: Tensor) -> NDArray[np.float64]:
             f"sample(seed) came to {list(outcome.shape)} numbers with a mask and {list(reference.shape)} without; "
             "it must do the same thing at every call."
         )
-    many = reference.shape[1] > 1
-    power = reference.double().var(dim=1, unbiased=False) if many else reference.double().square()[:, 0]
-    power = power.clamp_min(1e-30)
-    error = (outcome.double() - reference.double()).square().mean(dim=1) / power
+    error = (outcome.double() - reference.double()).square().mean(dim=1) / power(reference)
     decibels = -10 * torch.log10(error.clamp_min(FLOOR))
     return torch.where(error.isfinite(), decibels, -torch.inf).numpy()
+
+
+def power(reference: Tensor) -> Tensor:
+    """float64 [elements] of an outcome [elements, numbers]: the variance of its numbers, or the square of a single one."""
+    many = reference.shape[1] > 1
+    found = reference.double().var(dim=1, unbiased=False) if many else reference.double().square()[:, 0]
+    return found.clamp_min(1e-30)
 
 
 def better(candidate: NDArray[np.float64], incumbent: NDArray[np.float64]) -> bool:

@@ -51,9 +51,10 @@ class Evaluations:
         self.rest = fidelity.seeds[len(self.first) :]
         self.passes = 0.0
 
-    def spend(self, work: float) -> None:
+    def spend(self, work: float, shown: float | None = None) -> None:
+        """Count work. shown: what of it the bar does not show yet, where that is not all."""
         self.passes += work
-        self.bar.update(work)
+        self.bar.update(work if shown is None else shown)
 
     def show(self, found: Found) -> None:
         """The best mask so far, beside the bar."""

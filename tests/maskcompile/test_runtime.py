@@ -24,6 +24,10 @@ from torch import nn
 import maskcompile as mc
 from maskcompile import runtime
 from maskcompile import steps as executing
+from passes.dependencies import slot_dependencies
+from passes.merge import merge_rows
+from passes.rectify import rectify
+from passes.reuse import Rules
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
 from tests.toys import Chain
@@ -104,37 +108,98 @@ def optimised(max_graphs):
     return mc.optimize(Chain().eval(), mc.Mask.full(BLOCKS, [0.0]), backend="eager", max_graphs=max_graphs)
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), taken=st.sets(st.integers(0, 11), min_size=2), most=st.sampled_from([None, 2]))
-def test_a_scheduler_that_takes_some_of_the_masks_steps(seed, taken, most):
-    """A step computes also what the mask computes at the steps left out before it."""
-    steps, fast = sorted(taken), optimised(most)
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    taken=st.sets(st.integers(0, 11), min_size=2),
+    dtype=st.sampled_from([torch.int64, torch.float32]),
+    rising=st.booleans(),
+    twice=st.booleans(),
+)
+def test_a_scheduler_that_takes_some_of_the_masks_steps(seed, taken, dtype, rising, twice):
+    """A step computes also what the mask computes at the steps left out before it, and reaches as if nothing were fitted.
+
+    twice: a tensor that names all but its first timestep twice, as for Heun, whose second calls this sampler leaves out.
+    """
+    steps, fast = sorted(taken), optimised(None)
     compute = np.random.default_rng(seed).random((12, 3)) < 0.3
-    mask = mc.Mask(compute, blocks=BLOCKS, timesteps=range(1200, 0, -100), reuse=REUSE, log_snr=log_snr(12))
+    timesteps = range(100, 1300, 100) if rising else range(1200, 0, -100)
+    described = {"reuse": REUSE, "log_snr": log_snr(12), "reach": [0.5] * 12}
+    mask = mc.Mask(compute, blocks=BLOCKS, timesteps=timesteps, **described)
     fast.set_mask(mask)
-    fast.forget_graphs(0)
-    rows = [[any(compute[at, block] for at in range(before + 1, step + 1)) for block in range(3)]
-            for before, step in zip([steps[0] - 1, *steps], steps, strict=False)]  # fmt: skip
-    expected = Executor(fast.original, BLOCKS, rows, order=(0, 1, 1), log_snr=[log_snr(12)[step] for step in steps])
     skips = sum(after > before + 1 for before, after in pairwise(steps))
+    own = [log_snr(12)[step] for step in steps]
+    # Where nothing is left out, the run is one of the mask's own from its first step on.
+    expected = Executor(fast.original, BLOCKS, united(compute, steps), (0, 1, 1), own, None if skips else [0.5] * len(steps))
+    named = [at for at, step in enumerate(steps) for _ in range(2 if twice and at else 1)]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for run in range(2):
-            scheduler = torch.tensor([mask.timesteps[step] for step in steps])
+            scheduler = torch.tensor([mask.timesteps[steps[at]] for at in named], dtype=dtype)
             expected.reset()
-            for position, t in enumerate(scheduler):
-                x = sample(100 * run + position)
-                out = fast(x, t)
-                assert most is not None or torch.equal(out, expected.step(position, x, t))
+            for position in range(len(steps)):
+                x, t = sample(100 * run + position), scheduler[named.index(position)]
+                assert torch.equal(fast(x, t), expected.step(position, x, t))
     report = fast.report()
     assert (report.skips, len(said)) == (2 * skips, bool(skips))
     if skips:
         wanted = r"skips from step \d+ of the mask to step \d+; .* computes all that the mask computes between"
         assert re.search(wanted, str(said[0].message))
-        (captured,) = fast._captures.values()
-        assert most is None or len(captured.graphs) <= most
-    if most is None:
-        assert report.reusing_calls == 2 * sum(not all(row) for row in rows[1:])
+    assert report.reusing_calls == 2 * sum(not all(row) for row in united(compute, steps)[1:])
+
+
+def united(compute, steps):
+    """The rows of a run of these steps, by hand."""
+    return [
+        [any(compute[at, block] for at in range(before + 1, step + 1)) for block in range(compute.shape[1])]
+        for before, step in zip([steps[0] - 1, *steps], steps, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("most", [1, 2, 12])
+def test_some_of_the_steps_with_few_graphs(seed, most):
+    """Nothing is older than without merging, and no more graphs are made than may be."""
+    torch.manual_seed(0)
+    model, steps = Chain().eval(), [0, 2, 3, 7, 8, 10]
+    compute = np.random.default_rng(seed).random((12, 3)) < 0.3
+    mask = mc.Mask(compute, blocks=BLOCKS, timesteps=range(1200, 0, -100))
+    fast = mc.optimize(model, mask, backend="eager", max_graphs=most)
+    rows = np.array(united(compute, steps))
+    slots = slot_dependencies(captured_chain(model), BLOCKS)
+    merged = merge_rows(slots, BLOCKS, rows, Rules(["hold"] * 3), most)
+    assert (merged >= rectify(slots, BLOCKS, rows, Rules(["hold"] * 3))).all()
+    executor, scheduler = Executor(model, BLOCKS, merged), torch.tensor([mask.timesteps[step] for step in steps])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="this run skips from step 0 of the mask to step 2")
+        for position, t in enumerate(scheduler):
+            assert torch.equal(fast(sample(position), t), executor.step(position, sample(position), t))
+    (captured,) = fast._captures.values()
+    assert len(captured.graphs) <= most
+
+
+def captured_chain(model):
+    return mc.trace(model, sample(0), torch.tensor(900), blocks=BLOCKS).capture
+
+
+def test_a_planned_run_goes_on_with_its_own_scheduler_alone():
+    """A tensor of timesteps names steps 0, 2 and 4; a call with a fresh tensor for step 2 is another run."""
+    model, compute, fast = make(0)
+    scheduler = torch.tensor(TIMESTEPS[::2])
+    fast(sample(0), scheduler[0])
+    with pytest.warns(
+        UserWarning, match="skips from step 0 of the mask to step 2; a step after a skip computes all that it needs"
+    ):
+        assert_follows(fast, truth(model, compute), range(2, 5))
+
+
+def test_a_scheduler_that_ends_early_takes_the_graphs_of_the_whole_run():
+    model, compute, fast = make(0)
+    fast.warmup(sample(0), torch.tensor(900))
+    (captured,) = fast._captures.values()
+    before = set(captured.graphs)
+    assert_follows(fast, truth(model, compute), range(3), scheduler=torch.tensor(TIMESTEPS[:3]))
+    assert set(captured.graphs) == before
 
 
 def test_plans_of_runs_long_past_are_let_go(monkeypatch):

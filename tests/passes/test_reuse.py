@@ -43,7 +43,8 @@ def test_by_hand(rule, ran, step, log_snr, made):
 
 def test_rules_for_some_of_the_steps():
     rules = Rules(["hold", "linear"], [-4.0, -1.0, 0.0, 1.0], [1.0, 1.0, 0.5, 2.0])
-    assert rules.at([0, 2, 3]) == Rules(["hold", "linear"], [-4.0, 0.0, 1.0], [1.0, 0.5, 2.0])
+    assert rules.at([0, 2, 3]) == Rules(["hold", "linear"], [-4.0, 0.0, 1.0])  # the reach was fitted to other gaps
+    assert rules.at([2, 3]) == Rules(["hold", "linear"], [0.0, 1.0], [0.5, 2.0])
     assert Rules(["linear"]).at([None, 2]) == Rules(["linear"])
     unknown = rules.at([None, 1, 2])
     assert unknown.reach == [1.0, 1.0, 0.5]
