@@ -190,6 +190,7 @@ class Bench:
         mask = mc.Mask.load(path)
         keys = ("passes", "passes_of_time", "fidelity_db", "scores_near_0_or_1")
         taken = {key: mask.provenance[key] for key in keys if key in mask.provenance}
+        taken["passes"] += mask.provenance.get("reach_passes", 0.0)
         return (mc.rectify(mask, self.programs[trial.denoiser], trial.rules) if trial.rules else mask), taken
 
     def draw(self, trial: Trial, mask: mc.Mask, pictures: int = HELD_OUT) -> Tensor:

@@ -54,7 +54,7 @@ def report(document: Row, rows: list[Row]) -> str:
         f"PSNR in dB (and below SSIM) of {pictures['held out']} final pictures to those of the unmasked DDIM sampler from the "
         f"same noise, which learning has not seen; it learned from {pictures['learning']} others. The uniform and DeepCache "
         f"masks are the best, by {pictures['choosing']} of these very pictures, of all intervals and numbers of warm-up steps "
-        "that keep at most the budget and 0.01, and at least three quarters of it. The search spent "
+        "that keep at most the budget and 0.01, and at least three quarters of it. The search, but for the fit, spent "
         f"{document['passes']:g} sampling passes, half as many at 100 steps. "
         f"{document['setting']} Made by `python -m benchmarks.learning`. A dash: not measured, or there is none.",
     ]

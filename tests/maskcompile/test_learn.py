@@ -160,10 +160,12 @@ def test_scores_converge(case):
     assert mask.provenance["scores_near_0_or_1"] > 0.5
 
 
-@pytest.mark.parametrize("method", ["search", "paper"])
-def test_interrupted_it_comes_to_the_same_mask(case, tmp_path, method):
-    method = {"search": mc.Search(passes=10), "paper": QUICK}[method]
-    whole = mc.learn(case.model, sampler(case), 0.5, method=method, progress=False)
+@pytest.mark.parametrize("during", ["search", "fit", "paper"])
+def test_interrupted_it_comes_to_the_same_mask(case, tmp_path, during):
+    method = QUICK if during == "paper" else mc.Search(passes=10)
+    reuse = "hold" if during == "paper" else "linear"
+    whole = mc.learn(case.model, sampler(case), 0.5, method=method, reuse=reuse, progress=False)
+    assert (whole.reach is None) == (during == "paper")
     calls: list[int] = []
     sample, path = sampler(case, calls), tmp_path / "learning.json"
     forwards = []
@@ -173,16 +175,16 @@ def test_interrupted_it_comes_to_the_same_mask(case, tmp_path, method):
 
     def failing(seed):
         forwards.append(seed)
-        if len(forwards) > 5:
+        if (len(forwards) > 5) if during == "search" else path.exists() and '"reach ' in path.read_text():
             raise Killed
         return sample(seed)
 
     if isinstance(method, mc.Search):
         with pytest.raises(Killed):
-            mc.learn(case.model, failing, 0.5, method=method, checkpoint=path, progress=False)
+            mc.learn(case.model, failing, 0.5, method=method, reuse=reuse, checkpoint=path, progress=False)
     else:
         document = path  # the paper's method goes on from its last epoch
-        mc.learn(case.model, sample, 0.5, method=method, checkpoint=document, progress=False)
+        mc.learn(case.model, sample, 0.5, method=method, reuse=reuse, checkpoint=document, progress=False)
         saved = json.loads(document.read_text())
         del saved["results"]["epoch 2"]
         document.write_text(json.dumps(saved))
@@ -190,12 +192,12 @@ def test_interrupted_it_comes_to_the_same_mask(case, tmp_path, method):
     saved = json.loads(path.read_text())["results"]
     assert saved
     calls.clear()
-    again = mc.learn(case.model, sample, 0.5, method=method, checkpoint=path, progress=False)
+    again = mc.learn(case.model, sample, 0.5, method=method, reuse=reuse, checkpoint=path, progress=False)
     assert again == whole
     assert again.provenance == whole.provenance
     finished = len(calls)
     calls.clear()
-    assert mc.learn(case.model, sample, 0.5, method=method, checkpoint=path, progress=False) == whole
+    assert mc.learn(case.model, sample, 0.5, method=method, reuse=reuse, checkpoint=path, progress=False) == whole
     assert len(calls) <= finished  # all that is left to run are the recordings
     assert len(calls) == 2 * STEPS
 
@@ -228,11 +230,11 @@ from tests.denoisers import denoiser
 from tests.maskcompile.test_learn import sampler, QUICK
 torch.set_num_threads(1)
 case = denoiser("unet2d")
-method = mc.Search(passes=8) if sys.argv[1] == "search" else QUICK
+method, reuse = (mc.Search(passes=8), "linear") if sys.argv[1] == "search" else (QUICK, "hold")
 options = {"checkpoint": sys.argv[3]} if len(sys.argv) > 3 else {}
 writes, write = [], Memo.__setitem__
 Memo.__setitem__ = lambda memo, key, value: (writes.append(key), write(memo, key, value))
-mask = mc.learn(case.model, sampler(case), 0.5, method=method, seeds=(0, 1, 2), progress=False, **options)
+mask = mc.learn(case.model, sampler(case), 0.5, method=method, reuse=reuse, seeds=(0, 1, 2), progress=False, **options)
 mask.save(sys.argv[2] + os.environ.get("RANK", "") + ".json")
 print(len(writes))
 """
@@ -256,7 +258,9 @@ def script(tmp_path_factory):
 def alone(request, script):
     """(a method, the mask that a process of its own learns by it)"""
     run_script([sys.executable], script, request.param, script.parent / request.param)
-    return request.param, mc.Mask.load(script.parent / f"{request.param}.json")
+    mask = mc.Mask.load(script.parent / f"{request.param}.json")
+    assert (mask.reach is None) == (request.param == "paper")
+    return request.param, mask
 
 
 def test_two_processes_learn_the_mask_of_one(alone, script, tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -88,6 +89,23 @@ def test_runs_in_a_row_are_the_executor():
             assert_follows(fast, executor, range(5), seed=10 * run)
 
     check()
+
+
+def test_runs_of_some_of_the_steps_are_replayed_too(recordings):
+    """Steps 0, 2 and 4 of the mask, each of which computes also what the mask computes at the one left out before it."""
+    model, compute, fast = make(3)
+    rows = [compute[0], compute[1] | compute[2], compute[3] | compute[4]]
+    executor = Executor(model, BLOCKS, rows, order=(0, 1, 1), log_snr=log_snr(5)[::2])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="this run skips from step 0 of the mask to step 2")
+        for run in range(3):
+            before = recordings["replayed"]
+            for position, t in enumerate(torch.tensor(TIMESTEPS[::2])):
+                x = sample(10 * run + position)
+                assert torch.equal(fast(x, t), executor.step(position, x, t))
+            executor.reset()
+    assert recordings["replayed"] == before + 3
+    assert_follows(fast, truth(model, compute), range(5))  # and then a whole one, in memory of its own
 
 
 def test_every_step_is_replayed_in_the_end(recordings):

@@ -182,6 +182,24 @@ def captured_chain(model):
     return mc.trace(model, sample(0), torch.tensor(900), blocks=BLOCKS).capture
 
 
+def test_some_of_the_steps_without_a_graph():
+    class Branching(Chain):
+        def forward(self, x, timestep):
+            return super().forward(x, timestep) if x.sum() > -1e9 else x
+
+    torch.manual_seed(0)
+    model, steps = Branching().eval(), [0, 2, 3, 4]
+    compute = np.array([[1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]], dtype=bool)
+    fast = mc.optimize(model, mc.Mask(compute, blocks=BLOCKS, timesteps=TIMESTEPS, reuse="linear"), backend="eager")
+    executor = Executor(model, BLOCKS, united(compute, steps), order=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for position, t in enumerate(torch.tensor([TIMESTEPS[step] for step in steps])):
+            assert torch.equal(fast(sample(position), t), executor.step(position, sample(position), t))
+    assert ["skipped module by module" in str(w.message) or "skips from step 0" in str(w.message) for w in said] == [True, True]
+    assert fast.report().uncaptured
+
+
 def test_a_planned_run_goes_on_with_its_own_scheduler_alone():
     """A tensor of timesteps names steps 0, 2 and 4; a call with a fresh tensor for step 2 is another run."""
     model, compute, fast = make(0)
