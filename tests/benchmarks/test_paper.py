@@ -18,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import maskcompile as mc
 from benchmarks import checkpoints, convert_ldm, dit, frechet, models, paper, weights
@@ -235,6 +236,33 @@ def test_statistics_of_real_pictures(tmp_path, folders, ddpm):
     (tmp_path / "nothing.npz").write_text("nothing")
     with pytest.raises(ValueError, match="with 'mu' and 'sigma'"):
         frechet.see_real(second, tmp_path / "nothing.npz", 16)
+
+
+def test_inceptions_features_from_a_file(tmp_path, monkeypatch):
+    """Of torch-fidelity's network with random weights; the distance by hand from what that network returns."""
+    with monkeypatch.context() as patched:  # it takes its weights from a file when it is made
+        patched.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, weights: None)
+        patched.setattr(torch, "load", lambda *args, **kwargs: {})
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    draws, features = np.random.default_rng(0), []
+    found = frechet.metric(tmp_path / "weights.pth", "cpu")
+    for kind, bright in (("real", 255), ("made", 120)):
+        (tmp_path / kind).mkdir()
+        pictures = draws.integers(0, bright, (6, 32, 32, 3), dtype=np.uint8)
+        for index, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / kind / f"{index}.png")
+        (of,) = network(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        features.append(of.double().numpy())
+    frechet.see_real(found, tmp_path / "real", 32)
+    frechet.see(found, frechet.pictures_in(tmp_path / "made"), real=False, size=32)
+    means = [of.mean(0) for of in features]
+    one, two = ((of - mean) / 5**0.5 for of, mean in zip(features, means, strict=True))  # covariances are one.T @ one, ...
+    roots = np.linalg.svd(one @ two.T, compute_uv=False).sum()  # of the eigenvalues of their product
+    expected = ((means[0] - means[1]) ** 2).sum() + (one**2).sum() + (two**2).sum() - 2 * roots
+    assert found.compute().item() == pytest.approx(expected, rel=1e-3)
+    assert frechet.name(tmp_path / "weights.pth") == "FID"
 
 
 def test_what_else_pictures_depend_on_is_told_apart(folders, tmp_path):
