@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import string
+import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -26,6 +29,7 @@ from benchmarks.reference.classifier import load_features
 from maskcompile.learning.processes import Processes
 from tests.executor import Executor
 
+ROOT = Path(__file__).parents[2]
 #: learns almost nothing, fast
 QUICK = [
     "--backend",
@@ -135,6 +139,21 @@ def test_the_original_pictures_are_the_pipelines(ddpm, folders):
     assert np.abs(found - (expected * 255).round()).max() <= 1  # a batch of 5 rounds otherwise than of 2
     assert found.std() > 20
     assert np.abs(found[0].astype(int) - found[1]).mean() > 5
+
+
+def test_accelerates_processes_come_to_the_same(ddpm, folders, tmp_path):
+    """``accelerate launch`` of the same row with two processes: the mask and the pictures of one."""
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "benchmarks.paper"]
+    row = ["ddpm-church", "--weights", folders / "ddpm", *QUICK, "--budget", "0.6", "--images", "5", "--out", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, launch + row)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, two = ddpm[0] / "ddpm-church", tmp_path / "ddpm-church"
+    assert (two / "mask.json").read_text() == (alone / "mask.json").read_text()
+    assert np.array_equal(pictures(two / "masked"), pictures(alone / "masked"))
 
 
 def test_the_masked_pictures_are_the_executors(ddpm, folders):
