@@ -111,8 +111,9 @@ def rectify(mask: Mask, program: Program, rules: Sequence[str] = ()) -> Mask:
     if unknown := [rule for rule in rules if rule not in KNOWLEDGE]:
         raise MaskError(f"a rule of rectification is one of {', '.join(map(repr, KNOWLEDGE))}; got {unknown[0]!r}.")
     compute = by_knowledge(program, mask.blocks, mask.compute, rules)
-    cheapest = _rectify(slots_of(program, mask), mask.blocks, compute, mask.rules)
-    reach = None if rules else mask.reach
+    slots = slots_of(program, mask)
+    cheapest, own = (_rectify(slots, mask.blocks, rows, mask.rules) for rows in (compute, mask.compute))
+    reach = mask.reach if (cheapest == own).all() else None
     return mask.replace(cheapest, reach=reach, rectified=[*rules, "liveness"])
 
 

@@ -29,7 +29,7 @@ from maskcompile.learning.search import Evaluations, Found, search
 from maskcompile.learning.sensitivity import AT, sensitivities
 from maskcompile.mask import Mask, MaskError, check_mask
 from maskcompile.program import Program, trace
-from maskcompile.runs import Clock
+from maskcompile.runs import Clock, rounding
 from maskcompile.runtime import OptimizedDenoiser
 from maskcompile.schedules import deepcache
 from maskcompile.signature import check_capturable
@@ -151,10 +151,10 @@ def fit_reach(
 ) -> Mask:
     """The mask with how far "linear" reaches at each step fitted to samples: a better one at the same cost.
 
-    For any mask that extrapolates, a published schedule for one; ``learn``'s search does it by itself. It takes about two
-    masked sampling passes for each step that reuses something, of up to 32 steps (``maskcompile.learning.reach``). sample,
-    seeds, timestep, backend, progress: as for ``learn``; the samples have two elements at least. The mask comes back as it was
-    where nothing is gained.
+    For any mask that extrapolates, a published schedule for one; ``learn``'s search does it by itself. It takes two masked
+    sampling passes for each step that reuses something, of up to 32 steps, and a dozen more: see
+    ``maskcompile.learning.reach``. sample, seeds, timestep, backend, progress: as for ``learn``; the samples have two elements
+    at least. The mask comes back as it was where nothing is gained.
 
     Raises MaskError for a mask that extrapolates nothing, or not made for the timesteps of the sampler, and ValueError as
     ``learn`` does.
@@ -196,9 +196,9 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 
 def _check_timesteps(mask: Mask, recording: Recording) -> None:
-    """Raises MaskError unless the sampler calls the denoiser at the mask's timesteps, within the coarsest rounding."""
-    clock = Clock(mask)
-    steps = [clock.step(timestep, torch.finfo(torch.bfloat16).eps) for timestep in recording.timesteps]
+    """Raises MaskError unless the sampler calls the denoiser at the mask's timesteps, within the rounding of their dtype."""
+    clock, given = Clock(mask), recording.steps[0][0].call.timestep
+    steps = [clock.step(timestep, 0.0 if given is None else rounding(given)) for timestep in recording.timesteps]
     wrong = next((i for i, step in enumerate(steps) if step != i), None)
     if wrong is not None or len(steps) != mask.steps:
         at = min(mask.steps, len(steps)) if wrong is None else wrong

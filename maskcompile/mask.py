@@ -189,14 +189,14 @@ class Mask:
     ) -> Mask:
         """The same mask with another ``compute``, ``reuse``, ``log_snr`` or ``reach`` (None takes away the last two).
 
-        A reach is fitted to decisions and rules, and goes where these change. Provenance is added to.
+        A reach is fitted to all the others, and goes where one of them changes. Provenance is added to.
         """
         described = self._described() | {"provenance": {**self.provenance, **provenance}}
         described |= {} if reuse is None else {"reuse": reuse}
         described |= {} if isinstance(log_snr, EllipsisType) else {"log_snr": log_snr}
         changed = Mask(self.compute if compute is None else compute, **(described | {"reach": None}))
         if isinstance(reach, EllipsisType):
-            same = changed.reuse == self.reuse and np.array_equal(changed.compute, self.compute)
+            same = changed.rules == self.replace(reach=None).rules and np.array_equal(changed.compute, self.compute)
             reach = self.reach if same else None
         return changed if reach is None else Mask(changed.compute, **(described | {"reach": reach}))
 
@@ -235,7 +235,7 @@ class Mask:
         if snr is None and self.log_snr is not None:
             snr = tuple(_line(sign * np.asarray(new), sign * own, np.asarray(self.log_snr)).tolist())
         chosen = _rows_for(self.compute, np.interp(sign * np.asarray(new), sign * own, np.arange(self.steps, dtype=np.float64)))
-        reach = self.reach if new == self.timesteps else None
+        reach = self.reach if (new, snr) == (self.timesteps, self.log_snr) else None
         described = self._described() | {"timesteps": new, "log_snr": snr, "reach": reach}
         if new != self.timesteps:
             described["provenance"] = {**self.provenance, "resampled": f"{self.steps} to {len(new)} steps"}
@@ -258,7 +258,10 @@ class Mask:
         return hash((self.blocks, self.timesteps, self.reuse, self.compute.tobytes()))
 
     def __or__(self, other: Mask) -> Mask:
-        """Compute where either mask computes. Raises MaskError unless all but that, and the provenance, is the same."""
+        """Compute where either mask computes.
+
+        Raises MaskError unless blocks, timesteps, reuse rules, log-SNR and reach are the same.
+        """
         if not isinstance(other, Mask):
             return NotImplemented
         if (self.blocks, self.timesteps, self.rules) != (other.blocks, other.timesteps, other.rules):

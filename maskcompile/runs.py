@@ -154,7 +154,7 @@ def locate(clock: Clock, timestep: Tensor, last: Where | None) -> Where:
         value = float(first)
     if last is not None and value == last.value:
         return Where(last.step, last.order, value, source)
-    step = clock.step(value, _tolerance(timestep))
+    step = clock.step(value, rounding(timestep))
     return Where(step, clock.order(value if step is None else float(clock.known[step])), value, source)
 
 
@@ -171,7 +171,7 @@ def course_of(clock: Clock, where: Where, timestep: Tensor) -> Course:
         return onwards
     named: list[int] = []
     for value in where.source.values.tolist():
-        step = clock.step(value, _tolerance(timestep))
+        step = clock.step(value, rounding(timestep))
         if step is None:
             return onwards
         if not named or step != named[-1]:  # a 2nd-order solver's tensor has its timesteps twice
@@ -187,7 +187,7 @@ def leaves_out(course: Course) -> bool:
     return any(before is not None and step != before + 1 for before, step in pairwise(course))
 
 
-def _tolerance(timestep: Tensor) -> float:
+def rounding(timestep: Tensor) -> float:
     """The rounding of its dtype, relative."""
     return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
 

@@ -517,8 +517,10 @@ class OptimizedDenoiser(DropIn):
             known = Schedule(plans, shared, partial(captured.graph, blocks=blocks), captured.assembler())
         self._schedules[key, course] = known
         of_capture = [entry for entry in self._schedules if entry[0] == key]
+        with_memory = {id(arena.schedule) for arena in self._arenas}
         for entry in of_capture[:-MOST_SCHEDULES]:
-            self._drop_arenas(self._schedules.pop(entry))
+            if id(self._schedules[entry]) not in with_memory:  # of a run in progress, maybe; there are few
+                del self._schedules[entry]
         return known
 
     def _whole(self, key: Key) -> Schedule:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import isnan
 
 RULES = ("hold", "linear")
@@ -52,13 +51,13 @@ class Rules:
     def at(self, steps: Iterable[int | None]) -> Rules:
         """For a run of these of the steps, None where it takes one that is not among them.
 
-        A reach is fitted to the gaps between a mask's own rows: where steps are left out, there is none.
+        A reach is fitted to what a run through all of the rows has stored: where one starts late, or leaves steps out, there
+        is none.
         """
         taken = list(steps)
         log_snr = self.log_snr and [float("nan") if step is None else self.log_snr[step] for step in taken]
-        whole = all(before is None or step == before + 1 for before, step in pairwise(taken))
-        reach = self.reach and whole and [1.0 if step is None else self.reach[step] for step in taken]
-        return Rules(self.of_block, log_snr, reach or None)
+        reach = self.reach[: len(taken)] if self.reach and taken == list(range(len(taken))) else None
+        return Rules(self.of_block, log_snr, reach)
 
     def recall(self, column: int, ran: Sequence[int], step: int) -> Recall:
         """See ``recall``, for the block of this column."""

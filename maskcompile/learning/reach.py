@@ -103,7 +103,8 @@ def _equations(mask: Mask, where: Reaching, evaluate: Evaluations) -> tuple[NDAr
         if processes.count == 1:
             memo[keys[seed]] = own[seed]
     for seed, rows in processes.gather(own).items():
-        memo[keys[seed]] = rows
+        if processes.count > 1:
+            memo[keys[seed]] = rows
     passes = (1 + len(where.parts)) * evaluate.shares(mask.compute, mask.reuse)
     evaluate.spend(passes, shown=passes * (1 - len(processes.mine(missing)) * processes.count / len(seeds)))
     both = np.sum([memo[keys[seed]] for seed in seeds], axis=0)
@@ -128,7 +129,7 @@ def _of_seed(mask: Mask, where: Reaching, evaluate: Evaluations, seed: int) -> l
     least = (FLOOR * power(reference) * reference.shape[1]).sqrt()  # an outcome that is exact must not count alone
     weight = (1 / torch.maximum(error.norm(dim=1), least))[:, None]
     base, error = base[:, at].clone(), error[:, at] * weight
-    columns = torch.empty(len(where.parts), error.numel(), dtype=torch.float64)
+    columns = torch.empty(len(where.parts), error.numel(), dtype=torch.float64, device="cpu")
     for row, part in enumerate(where.parts):
         change = STEP if (now[part] + STEP <= where.most[part]).all() else -STEP
         reach = now.copy()
@@ -141,5 +142,6 @@ def _of_seed(mask: Mask, where: Reaching, evaluate: Evaluations, seed: int) -> l
 def _chosen(numbers: int) -> Tensor:
     """Which numbers of an element take part."""
     if numbers <= MOST_NUMBERS:
-        return torch.arange(numbers)
-    return torch.randperm(numbers, generator=torch.Generator().manual_seed(0))[:MOST_NUMBERS].sort().values
+        return torch.arange(numbers, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randperm(numbers, generator=generator, device="cpu")[:MOST_NUMBERS].sort().values

@@ -141,19 +141,32 @@ def test_the_original_pictures_are_the_pipelines(ddpm, folders):
     assert np.abs(found[0].astype(int) - found[1]).mean() > 5
 
 
-def test_accelerates_processes_come_to_the_same(ddpm, folders, tmp_path):
-    """``accelerate launch`` of the same row with two processes: the mask and the pictures of one."""
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "benchmarks.paper"]
-    row = ["ddpm-church", "--weights", folders / "ddpm", *QUICK, "--budget", "0.6", "--images", "5", "--out", tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, launch + row)], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    alone, two = ddpm[0] / "ddpm-church", tmp_path / "ddpm-church"
-    assert (two / "mask.json").read_text() == (alone / "mask.json").read_text()
-    assert np.array_equal(pictures(two / "masked"), pictures(alone / "masked"))
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from benchmarks import paper
+paper.main(sys.argv[1:])
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+(out / ("process" + os.environ.get("RANK", "0"))).write_text(os.environ.get("WORLD_SIZE", "1"))
+"""
+
+
+def test_two_processes_come_to_the_same(folders, tmp_path):
+    """The mask and the pictures of one; by torchrun, which ``accelerate launch`` is on GPUs (with --cpu it starts one)."""
+    (tmp_path / "row.py").write_text(SCRIPT)
+    row = ["ddpm-church", "--weights", folders / "ddpm", *QUICK, "--budget", "0.6", "--images", "5"]
+    row[row.index("--seeds") : row.index("--seeds") + 2] = ["--seeds", "0", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    for count, launch in ((1, []), (2, torchrun)):
+        command = [sys.executable, *launch, tmp_path / "row.py", *row, "--out", tmp_path / str(count)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([str(word) for word in command], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said = sorted(path.name + path.read_text() for path in (tmp_path / str(count)).glob("process*"))
+        assert said == [f"process{rank}{count}" for rank in range(count)]
+    one, two = (tmp_path / str(count) / "ddpm-church" for count in (1, 2))
+    assert mc.Mask.load(one / "mask.json") == mc.Mask.load(two / "mask.json")
+    assert np.array_equal(pictures(one / "masked"), pictures(two / "masked"))
 
 
 def test_the_masked_pictures_are_the_executors(ddpm, folders):

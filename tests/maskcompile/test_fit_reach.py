@@ -16,6 +16,7 @@ from maskcompile.learning.fidelity import fidelity
 from tests.denoisers import denoiser
 from tests.executor import Executor
 from tests.maskcompile.test_learn import executed, sampler
+from tests.toys import Chain
 
 
 class Pair(nn.Module):
@@ -168,14 +169,18 @@ def test_a_reach_is_for_the_rows_that_it_was_fitted_to():
     factors = [1, 1, 0.5, 2, 1.5, 0.25]
     mask = mc.Mask(compute, blocks=["first", "second"], timesteps=TIMESTEPS, reuse="linear", reach=factors)
     assert mask.replace(seed=3).reach == mask.replace(compute, reuse="linear").reach == tuple(factors)
-    assert mask.replace(~compute).reach is mask.replace(reuse="hold").reach is None
+    assert mask.replace(~compute).reach is mask.replace(reuse="hold").reach is mask.replace(log_snr=range(6)).reach is None
     assert (mask | mask).reach == tuple(factors)
     torch.manual_seed(0)
     model = Pair().eval()
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     program = mc.trace(model, x, torch.tensor(900), blocks=["first", "second"])
     assert mc.rectify(mask, program).reach == tuple(factors)
-    assert mc.rectify(mask, program, rules=["reused_inputs"]).reach is None
+    assert mc.rectify(mask, program, rules=["reused_inputs"]).reach == tuple(factors)  # which finds nothing in it
+    chain = mc.trace(Chain().eval(), torch.randn(2, 4), torch.tensor(900), blocks=["a", "b", "c"])
+    other = mc.Mask(np.array([[1, 1, 1], [0, 0, 1]]) > 0, blocks=list("abc"), timesteps=[2, 1], reuse="linear", reach=[1, 2])
+    assert mc.rectify(other, chain).reach == (1, 2)
+    assert mc.rectify(other, chain, rules=["reused_inputs"]).reach is None
     for most, kept in ((6, True), (1, False)):  # nothing to merge, and all rows merged
         fast = mc.optimize(model, mask, backend="eager", max_graphs=most)
         executor = Executor(model, mask.blocks, compute if kept else np.ones_like(compute), order=1, reach=factors)

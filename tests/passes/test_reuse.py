@@ -44,12 +44,13 @@ def test_by_hand(rule, ran, step, log_snr, made):
 def test_rules_for_some_of_the_steps():
     rules = Rules(["hold", "linear"], [-4.0, -1.0, 0.0, 1.0], [1.0, 1.0, 0.5, 2.0])
     assert rules.at([0, 2, 3]) == Rules(["hold", "linear"], [-4.0, 0.0, 1.0])  # the reach was fitted to other gaps
-    assert rules.at([2, 3]) == Rules(["hold", "linear"], [0.0, 1.0], [0.5, 2.0])
+    assert rules.at([2, 3]) == Rules(["hold", "linear"], [0.0, 1.0])  # and to what was stored before
+    assert rules.at([0, 1, 2]) == Rules(["hold", "linear"], [-4.0, -1.0, 0.0], [1.0, 1.0, 0.5])
     assert Rules(["linear"]).at([None, 2]) == Rules(["linear"])
     unknown = rules.at([None, 1, 2])
-    assert unknown.reach == [1.0, 1.0, 0.5]
+    assert unknown.reach is None
     assert math.isnan(unknown.log_snr[0])
-    assert unknown.recall(1, [0, 1], 2) == Recall(1, 0, 0.5)
+    assert unknown.recall(1, [0, 1], 2) == Recall(1, 0, 1.0)
     assert rules.recall(1, [0, 2], 3) == Recall(2, 0, 0.5)
     assert rules.recall(0, [0, 2], 3) == Recall(2)
 
