@@ -119,7 +119,7 @@ def test_max_graphs(regions):
     assert of_few.macs > of_few.unmerged_macs == of_all.macs
     assert f"merged       adds {of_few.macs / of_all.macs - 1:.1%} to the MACs" in str(fast.report())
     assert "merged" not in str(free.report())
-    merged = fast._compute(next(iter(fast._captures)))
+    merged, _ = fast._compute(next(iter(fast._captures)))
     assert fast.mask == mask
     executor = Executor(case.model, program.names, merged, 1)
     for step, t in enumerate(TIMESTEPS):
