@@ -196,7 +196,7 @@ class Mask:
         described |= {} if isinstance(log_snr, EllipsisType) else {"log_snr": log_snr}
         changed = Mask(self.compute if compute is None else compute, **(described | {"reach": None}))
         if isinstance(reach, EllipsisType):
-            same = changed.rules == self.replace(reach=None).rules and np.array_equal(changed.compute, self.compute)
+            same = changed.rules == Rules(self.reuse, self.log_snr) and np.array_equal(changed.compute, self.compute)
             reach = self.reach if same else None
         return changed if reach is None else Mask(changed.compute, **(described | {"reach": reach}))
 
