@@ -1,7 +1,8 @@
-"""Keep what was compiled of regions in a file, so that another process need not compile it.
+"""Keep what was captured, and compiled of regions, in a file, so that another process need not do it again.
 
-One zip archive: ``manifest.json``; under ``regions/`` torch's own artefact of each region
-(``torch._inductor.CompiledArtifact``); under ``kernels/`` the machine code for the CPU, which torch's artefacts leave out.
+One zip archive: ``manifest.json``; under ``captures/`` the captured graphs (JSON, safetensors); under ``regions/`` torch's own
+artefact of each region (``torch._inductor.CompiledArtifact``); under ``kernels/`` the machine code for the CPU, which torch's
+artefacts leave out.
 Compiled code runs with your rights and torch's artefacts hold pickles: load only files that you trust as you would a program.
 """
 
@@ -26,7 +27,7 @@ from torch._inductor.standalone_compile import CompiledArtifact
 FORMAT = 1
 
 
-def save_artefacts(path: str | os.PathLike[str], artefacts: Mapping[str, bytes]) -> None:
+def save_artefacts(path: str | os.PathLike[str], captures: Mapping[str, bytes], regions: Mapping[str, bytes]) -> None:
     """Write artefacts, by name, whole or not at all."""
     target = Path(path)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
@@ -36,8 +37,9 @@ def save_artefacts(path: str | os.PathLike[str], artefacts: Mapping[str, bytes])
             archive.writestr(
                 "manifest.json", json.dumps({"format": FORMAT, **_surroundings(), **_vector_instructions()}, indent=1)
             )
-            for name, content in artefacts.items():
-                archive.writestr(f"regions/{name}", content)
+            for folder, artefacts in (("captures", captures), ("regions", regions)):
+                for name, content in artefacts.items():
+                    archive.writestr(f"{folder}/{name}", content)
             for kernel in _loaded_kernels():
                 archive.write(kernel, f"kernels/{kernel.relative_to(os.path.realpath(cache_dir())).as_posix()}")
         os.chmod(partial, 0o644)
@@ -47,8 +49,8 @@ def save_artefacts(path: str | os.PathLike[str], artefacts: Mapping[str, bytes])
         raise
 
 
-def load_artefacts(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Artefacts by name, for ``load_artefact``; none, and a warning, from a file that is not one or was made elsewhere.
+def load_artefacts(path: str | os.PathLike[str]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """(captures, regions) by name; none, and a warning, from a file that is not one or was made elsewhere.
 
     Machine code is put where Inductor looks for it, unless there is some already.
     """
@@ -70,16 +72,16 @@ def load_artefacts(path: str | os.PathLike[str]) -> dict[str, bytes]:
     else:
         reason = None
     if reason is not None:
-        warnings.warn(f"{os.fspath(path)!r} is not used, and everything compiled afresh: {reason}.", stacklevel=4)
-        return {}
-    regions = {}
+        warnings.warn(f"{os.fspath(path)!r} is not used, and everything compiled afresh: {reason}.", stacklevel=3)
+        return {}, {}
+    found: dict[str, dict[str, bytes]] = {"captures": {}, "regions": {}}
     for name, content in kept.items():
         folder, _, rest = name.partition("/")
-        if folder == "regions":
-            regions[rest] = content
+        if folder in found:
+            found[folder][rest] = content
         elif folder == "kernels" and ".." not in PurePosixPath(rest).parts and not PurePosixPath(rest).is_absolute():
             _put(Path(cache_dir(), rest), content)
-    return regions
+    return found["captures"], found["regions"]
 
 
 def to_bytes(artefact: CompiledArtifact) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch._inductor.standalone_compile import CompiledArtifact
 from torch.fx import GraphModule
 
 from maskcompile._version import __version__
-from maskcompile.artefacts import load_artefact, load_artefacts, save_artefacts, to_bytes
+from maskcompile.artefacts import load_artefact, to_bytes
 from passes.capture import Capture
 from passes.regions import Region, only_views, region_graph, sizes_read, structure
 from passes.sizes import code_of, code_of_values, guards_in, holds, is_size
@@ -43,13 +42,13 @@ class _Compiled:
 #: equal layers need not compile them again. Several for sizes that one cannot serve.
 _compiled: dict[str, list[_Compiled]] = {}
 
-#: Where Inductor says what it cannot save; whoever asks for a file is told by ``save_compiled``.
+#: Where Inductor says what it cannot save; whoever asks for a file is told by ``saved_regions``.
 _saving = logging.getLogger("torch._inductor.standalone_compile")
 
 #: Ends the name of the guards of what was saved under the rest of it.
 GUARDS = ".guards"
 
-#: What ``load_compiled`` found in files.
+#: What ``load_regions`` was given, by name.
 _loadable: dict[str, bytes] = {}
 
 
@@ -175,20 +174,20 @@ def _loaded(key: str, values: Sequence[int] = ()) -> _Compiled | None:
     return None
 
 
-def save_compiled(path: str | os.PathLike[str], regions: Collection[Executable]) -> None:
-    """Write those of the ``regions`` that Inductor compiled to a file."""
+def saved_regions(regions: Collection[Executable]) -> dict[str, bytes]:
+    """Those of the ``regions`` that Inductor compiled, as torch's artefacts, by name."""
     artefacts = {}
     for compiled in (compiled for several in _compiled.values() for compiled in several):
         if compiled.run in regions and isinstance(compiled.run, CompiledArtifact):
             artefacts[compiled.name] = _loadable.get(compiled.name) or to_bytes(compiled.run)
             if compiled.guards:
                 artefacts[compiled.name + GUARDS] = compiled.guards.encode()
-    save_artefacts(path, artefacts)
+    return artefacts
 
 
-def load_compiled(path: str | os.PathLike[str]) -> None:
-    """Take regions from a file of ``save_compiled`` from now on, where they are in it."""
-    _loadable.update(load_artefacts(path))
+def load_regions(artefacts: Mapping[str, bytes]) -> None:
+    """Take regions from what ``saved_regions`` returned from now on, where they are in it."""
+    _loadable.update(artefacts)
 
 
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:

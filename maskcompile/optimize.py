@@ -10,7 +10,9 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from maskcompile.compile import Backend, load_compiled
+from maskcompile.artefacts import load_artefacts
+from maskcompile.captures import load_captures
+from maskcompile.compile import Backend, load_regions
 from maskcompile.mask import Mask
 from maskcompile.runtime import CudaGraphs, OptimizedDenoiser
 from maskcompile.signature import check_runnable
@@ -95,9 +97,9 @@ def optimize(
     from the second batch size on (None), from the first (True), or never (False). A denoiser that does something else for each
     batch, or for one, is captured for that one alone, and the report says why.
     max_captures: how many input signatures (sizes, batches, keywords) are kept captured; those used least recently go first.
-    compiled: a file of ``fast.save_compiled(path)``, from which regions are taken instead of being compiled. It holds code:
-    load only what you trust. One that was made elsewhere (torch, processor, GPU), or is no such file, is left aside with a
-    warning.
+    compiled: a file of ``fast.save_compiled(path)``, from which captures and regions are taken instead of being made. It
+    holds code: load only what you trust. One that was made elsewhere (torch, processor, GPU), or is no such file, is left aside
+    with a warning.
     cuda_graphs: record every graph of a run as a CUDA graph, whose replay is one launch, with inputs and cache in memory of
     their own. "auto": where all inputs are on one CUDA device and the backend is not "eager". False leaves them to the modes
     of Inductor that record its own. A graph that was never executed is executed first and recorded the next time. A call that
@@ -157,7 +159,9 @@ def optimize(
         options=compile_options,
     )
     if compiled is not None:  # code, and therefore only once all else is right
-        load_compiled(compiled)
+        captures, compiled_regions = load_artefacts(compiled)
+        load_captures(captures)
+        load_regions(compiled_regions)
     return fast
 
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from maskcompile.captures import MAKING, capture_once
-from maskcompile.compile import Backend, save_compiled
+from maskcompile.artefacts import save_artefacts
+from maskcompile.captures import MAKING, capture_once, saved_captures
+from maskcompile.compile import Backend, saved_regions
 from maskcompile.dropin import DropIn
 from maskcompile.fallback import ModuleRun, ModuleStep, Uncaptured
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
@@ -579,10 +580,11 @@ class OptimizedDenoiser(DropIn):
                     lease.end()
 
     def save_compiled(self, path: str | os.PathLike[str]) -> None:
-        """Write what was compiled so far to a file, for ``optimize(..., compiled=path)`` in another process.
+        """Write what was captured and compiled so far to a file, for ``optimize(..., compiled=path)`` in another process.
 
-        That process captures all the same, and needs torch of the same version and the same kind of processor and GPU. Raises
-        ValueError where there is nothing to save: before ``warmup`` or a run, without regions, or for another backend.
+        That process needs torch of the same version and the same kind of processor and GPU. It takes a capture for a denoiser
+        with the same code, settings and shapes of weights and inputs, and checks it against that denoiser. Raises ValueError
+        where there is nothing to save: before ``warmup`` or a run, without regions, or for another backend.
         """
         regions = {run for captured in self._captures.values() for run in captured.compiled.values()}
         if not regions or self._backend != "inductor":
@@ -591,7 +593,8 @@ class OptimizedDenoiser(DropIn):
                 if self._regions and self._backend == "inductor"
                 else "only regions compiled by the backend 'inductor' can be saved."
             )
-        save_compiled(path, regions)
+        captures = [captured.capture for captured in self._captures.values()]
+        save_artefacts(path, saved_captures(self.original, captures), saved_regions(regions))
 
     def report(self) -> Report:
         """What the mask costs and saves, what was compiled, and what calls so far did."""

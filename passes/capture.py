@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from passes.macs import count_macs
@@ -142,6 +142,44 @@ def capture(
     Raises CaptureError when the denoiser cannot be exported, writes to its buffers or inputs, gives other values once captured,
     or depends on its batch; whatever the model itself raises on these inputs is raised as it is.
     """
+
+    def export(expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: Mapping[int, int]) -> Made:
+        with _marking(model, set(marked)) as trail:
+            try:
+                symbolic = _symbolic(args, kwargs, at)
+                exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=symbolic)
+                exported = exported.run_decompositions({})
+            except Exception as error:
+                raise CaptureError(_describe(model, error, trail.open)) from error
+        signature = exported.graph_signature
+        if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
+            raise CaptureError(
+                f"{type(model).__name__} writes to {written[0]!r} in its forward; a captured graph must not have side effects."
+            )
+        graph_module = exported.module(check_guards=False)
+        assert isinstance(graph_module, GraphModule)
+        out_spec = exported.call_spec.out_spec
+        assert out_spec is not None
+        return graph_module, out_spec, trail.calls, _first_parameter(model, args, kwargs)
+
+    return captured_at(model, args, kwargs, batch, export)
+
+
+#: A graph with marks, the structure of its outputs, the calls of marked modules, and which input carries the noisy sample.
+Made = tuple[GraphModule, pytree.TreeSpec, Sequence[BlockCall], int]
+
+
+def captured_at(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    batch: Mapping[int, int] | None,
+    make: Callable[[Any, tuple[Any, ...], dict[str, Any], Mapping[int, int]], Made],
+) -> Capture:
+    """What ``capture`` does around exporting.
+
+    make: (what the model returned, args, kwargs, positions of the tensors whose first dimension is to be a symbol) -> a graph.
+    """
     name = type(model).__name__
     given = {} if batch is None else {i: t.shape[0] for i, t in enumerate(_tensors(args, kwargs)) if i in batch}
     at, other = (batch, given) if batch is not None and 1 in given.values() else (given, batch)
@@ -151,23 +189,9 @@ def capture(
         with kept_state(model):
             expected = model(*own_args, **own_kwargs)
         own_args, own_kwargs = _cloned(args, kwargs, at)
-        with kept_state(model), _marking(model, set(marked)) as trail:
-            try:
-                exported = torch.export.export(
-                    model, own_args, own_kwargs, strict=False, dynamic_shapes=_symbolic(own_args, own_kwargs, at)
-                )
-                exported = exported.run_decompositions({})
-            except Exception as error:
-                raise CaptureError(_describe(model, error, trail.open)) from error
-        signature = exported.graph_signature
-        if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
-            raise CaptureError(f"{name} writes to {written[0]!r} in its forward; a captured graph must not have side effects.")
-        graph_module = exported.module(check_guards=False)
-        assert isinstance(graph_module, GraphModule)
-        out_spec = exported.call_spec.out_spec
-        assert out_spec is not None
-        first = _first_parameter(model, args, kwargs)
-        captured = _read(graph_module, own_args, own_kwargs, out_spec, trail.calls, first)
+        with kept_state(model):
+            graph_module, out_spec, calls, sample = make(expected, own_args, own_kwargs, at)
+        captured = _read(graph_module, own_args, own_kwargs, out_spec, calls, sample)
         _check(captured, own_args, own_kwargs, expected, name)
         if batch is not None:
             captured = _any_batch(captured, own_args, own_kwargs, name)
@@ -421,7 +445,7 @@ def _check(captured: Capture, args: Sequence[Any], kwargs: Mapping[str, Any], ex
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
         return
-    actual = captured.graph_module(*args, **kwargs)
+    actual = Interpreter(captured.graph_module).run(*leaves, enable_io_processing=False)
     pairs = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
     shapes = [[leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves] for leaves in pairs]
     if shapes[0] != shapes[1]:
