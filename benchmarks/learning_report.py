@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,6 +33,7 @@ PLOTTED = {
     ("search", "linear"): ("learned", "#1f4e79", "-"),
     ("uniform", "linear"): ("uniform, linear", "#c4562f", "-"),
     ("uniform", "hold"): ("uniform (FORA)", "#c4562f", ":"),
+    ("deepcache", "linear"): ("DeepCache, linear", "#8a6bb0", "-"),
     ("deepcache", "hold"): ("DeepCache", "#8a6bb0", ":"),
     ("paper", "hold"): ("paper's method", "#3f8f5b", ":"),
     ("fewer steps", ""): ("fewer steps", "#7a7f85", "-"),
@@ -167,23 +169,31 @@ def ablations(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """PSNR against the share of the MACs, one panel for each denoiser and number of steps."""
-    panels = sorted({(row["denoiser"], row["steps"]) for row in rows}, key=lambda p: (p[1], p[0] != "unet"))
-    if not panels:
+    """PSNR against the share of the MACs, one panel for each denoiser (down) and number of steps (across)."""
+    names = sorted({row["denoiser"] for row in rows}, reverse=True)
+    steps = sorted({row["steps"] for row in rows})
+    if not rows:
         return
-    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
-    for axes, (name, steps) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure = Figure(figsize=(3.6 * len(steps) + 1.6, 2.9 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), len(steps), squeeze=False, sharex=True, sharey=True)
+    labelled = {}
+    for (down, name), (across, total) in product(enumerate(names), enumerate(steps)):
+        axes = grid[down][across]
         for (kind, reuse), (label, colour, style) in PLOTTED.items():
             points = sorted(
                 (row["share"], row["psnr"])
                 for row in rows
-                if (row["denoiser"], row["steps"], row["kind"], row["reuse"]) == (name, steps, kind, reuse) and not row["rules"]
+                if (row["denoiser"], row["steps"], row["kind"], row["reuse"]) == (name, total, kind, reuse) and not row["rules"]
             )
             if points:
-                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3.5, color=colour, label=label)
-        axes.set_title(f"{NAMES[name]}, {steps} DDIM steps", fontsize=10)
-        axes.set_xlabel("share of the MACs kept")
-        axes.set_ylabel("PSNR to the unmasked pictures, dB")
+                width = 2.6 if kind == "search" else 1.2
+                (labelled[label],) = axes.plot(
+                    *zip(*points, strict=True), style, marker="o", markersize=1.6 * width, linewidth=width, color=colour
+                )
+        axes.set_title(f"{NAMES[name]}, {total} steps", fontsize=10)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, frameon=False)
+    order = [label for label, _, _ in PLOTTED.values() if label in labelled]
+    figure.legend([labelled[label] for label in order], order, loc="outside right center", frameon=False)
+    figure.supxlabel("share of the MACs kept", fontsize=10)
+    figure.supylabel("PSNR to the unmasked pictures, dB", fontsize=10)
     figure.savefig(path, dpi=150)
