@@ -9,18 +9,20 @@ import json
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from maskcompile._version import __version__
-from maskcompile.fingerprint import Fingerprint, changes, digest, fingerprint
+from maskcompile.digest import changed_sources, digest, sources
+from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.signature import Call
-from passes.capture import Capture, capture, composite_modules
+from passes.capture import Capture, CaptureError, capture, composite_modules
 from passes.serialise import restore, serialise
 
 #: Held while anything is captured or compiled: torch does either in one thread at a time.
@@ -34,13 +36,16 @@ MOST_KEPT = 8
 class Captured:
     """after: the denoiser's fingerprint when it had been captured. volatile: what of it a forward changes by itself.
 
-    name: in files, the same in another process; None where there is none.
+    name: in files, the same in another process. sources: the code that it is of, see ``maskcompile.digest``. unnamed: why there
+    is no name, which a capture for any batch has not either.
     """
 
     capture: Capture
     after: Fingerprint
     volatile: set[tuple[str, str]]
-    name: str | None
+    name: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    unnamed: str = ""
 
 
 _kept: WeakKeyDictionary[nn.Module, dict[Any, Captured]] = WeakKeyDictionary()
@@ -66,10 +71,15 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
             del kept[other]
         made = kept.pop(key, None)
         if made is None:
-            name = _name(model, call, marks) if batch is None else None
-            found = _loaded(name, model, call) or capture(model, call.args, call.kwargs, marks, batch)
+            name, unnamed = _name(model, call, marks) if batch is None else ("", "")
+            found, code = _loaded(name, model, call) or (capture(model, call.args, call.kwargs, marks, batch), {})
             after = _without_root(fingerprint(model))
-            made = Captured(found, after, changes(before, after), name)
+            if name and not code:
+                try:
+                    code = sources(found)
+                except (ValueError, OSError) as error:
+                    name, unnamed = "", str(error)
+            made = Captured(found, after, changes(before, after), name, code, unnamed)
         kept[key] = made  # the last to go
         while len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
@@ -82,18 +92,27 @@ def _without_root(found: Fingerprint) -> Fingerprint:
 
 
 def saved_captures(model: nn.Module, captures: Collection[Capture]) -> dict[str, bytes]:
-    """Those of the ``captures`` of a denoiser that another process can take from a file, by name."""
+    """Those of the ``captures`` of a denoiser that another process can take from a file, by name.
+
+    A warning says which cannot be kept, but for those for any batch.
+    """
     files = {}
-    for made in _kept.get(model, {}).values():
-        if made.name is None or not any(made.capture.graph_module is capture.graph_module for capture in captures):
-            continue
+    wanted = {id(found.graph_module) for found in captures}
+    with MAKING:
+        kept = [made for made in _kept.get(model, {}).values() if id(made.capture.graph_module) in wanted]
+    for made in kept:
         try:
-            document, constants = serialise(made.capture, model)
-        except ValueError:  # another process captures it anew
-            continue
-        files[made.name] = json.dumps(document).encode()
-        if constants:
-            files[made.name + CONSTANTS] = save(constants)
+            if made.name:
+                document, constants = serialise(made.capture, model)
+                files[made.name] = json.dumps({**document, "sources": made.sources}).encode()
+                files[made.name + CONSTANTS] = save(constants)
+            elif made.unnamed:
+                raise ValueError(made.unnamed)
+        except ValueError as error:
+            warnings.warn(
+                f"the file has no capture of {type(model).__name__}, which another process has to make anew: {error}.",
+                stacklevel=3,
+            )
     return files
 
 
@@ -102,24 +121,38 @@ def load_captures(files: Mapping[str, bytes]) -> None:
     _loadable.update(files)
 
 
-def _name(model: nn.Module, call: Call, marks: frozenset[str]) -> str | None:
-    """A name for a capture that another process comes to as well, if it is of the same code and settings at the same inputs."""
-    found = digest(model)
+def _name(model: nn.Module, call: Call, marks: frozenset[str]) -> tuple[str, str]:
+    """(a name for a capture that another process comes to as well, "") or ("", why there is none)."""
     described = repr(call.key.parts)
-    if found is None or " at 0x" in described:  # an argument that is told by its address alone
-        return None
-    return sha256("\n".join([__version__, found, described, *sorted(marks)]).encode()).hexdigest()
+    if " at 0x" in described:
+        return "", "an argument is told by its address alone"
+    try:
+        found = digest(model)
+    except Exception as error:  # whatever the settings of a denoiser do when they are looked at, capturing goes on
+        return "", str(error)
+    return sha256("\n".join([__version__, found, described, *sorted(marks)]).encode()).hexdigest(), ""
 
 
-def _loaded(name: str | None, model: nn.Module, call: Call) -> Capture | None:
-    """A capture of a file; None where there is none, or it is not what the denoiser does."""
-    content = _loadable.get(name or "")
-    if name is None or content is None:
+def _loaded(name: str, model: nn.Module, call: Call) -> tuple[Capture, dict[str, str]] | None:
+    """A capture of a file and the code that it is of; None where there is none, or it is not what the denoiser does."""
+    if name not in _loadable:
         return None
     try:
-        constants = load(_loadable[name + CONSTANTS]) if name + CONSTANTS in _loadable else {}
-        return restore(json.loads(content), constants, model, call.args, call.kwargs)
-    except Exception as error:  # whatever it is: if the denoiser itself fails at these inputs, a new capture will say so
+        return _restored(name, model, call)
+    except CaptureError as error:
         del _loadable[name]
+        _loadable.pop(name + CONSTANTS, None)
         warnings.warn(f"a capture in a file of save_compiled is not used, and made afresh: {error}", stacklevel=2)
         return None
+
+
+def _restored(name: str, model: nn.Module, call: Call) -> tuple[Capture, dict[str, str]]:
+    try:
+        document, constants = json.loads(_loadable[name]), load(_loadable[name + CONSTANTS])
+        code: dict[str, str] = document["sources"]
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CaptureError(f"it is damaged ({error}).") from error
+    restored = restore(document, constants, model, call.args, call.kwargs)
+    if changed := changed_sources(code):  # looked at only now: a denoiser may import things when it first runs
+        raise CaptureError(f"the code of {changed[0]} is not what it was.")
+    return restored, code

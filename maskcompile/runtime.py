@@ -582,18 +582,21 @@ class OptimizedDenoiser(DropIn):
     def save_compiled(self, path: str | os.PathLike[str]) -> None:
         """Write what was captured and compiled so far to a file, for ``optimize(..., compiled=path)`` in another process.
 
+        Captures for any batch are left out, and those of denoisers whose code or settings another process could not compare.
+
         That process needs torch of the same version and the same kind of processor and GPU. It takes a capture for a denoiser
         with the same code, settings and shapes of weights and inputs, and checks it against that denoiser. Raises ValueError
         where there is nothing to save: before ``warmup`` or a run, without regions, or for another backend.
         """
-        regions = {run for captured in self._captures.values() for run in captured.compiled.values()}
+        with self._lock:
+            captures = [captured.capture for captured in self._captures.values()]
+            regions = {run for captured in self._captures.values() for run in captured.compiled.values()}
         if not regions or self._backend != "inductor":
             raise ValueError(
                 "there is nothing to save: call warmup(...) first"
                 if self._regions and self._backend == "inductor"
                 else "only regions compiled by the backend 'inductor' can be saved."
             )
-        captures = [captured.capture for captured in self._captures.values()]
         save_artefacts(path, saved_captures(self.original, captures), saved_regions(regions))
 
     def report(self) -> Report:

@@ -9,6 +9,7 @@ a mark node *is* the output of a block; later passes cut there, and none of them
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,6 +87,7 @@ class Capture:
     macs: multiply-accumulates of each node that has any.
     sizes: of the symbols in the shapes of the graph, at the call that it is looked at for; empty in a capture for one batch.
     guards: what it takes for granted of them. See ``passes.sizes``.
+    code: the files of the Python code that the denoiser ran.
     """
 
     graph_module: GraphModule
@@ -100,6 +102,7 @@ class Capture:
     macs: Mapping[Node, int]
     sizes: Sizes = field(default_factory=dict)
     guards: tuple[Any, ...] = ()
+    code: frozenset[str] = frozenset()
 
 
 def composite_modules(model: nn.Module) -> list[str]:
@@ -186,19 +189,44 @@ def captured_at(
 
     with torch.inference_mode(False), torch.no_grad():
         own_args, own_kwargs = _cloned(args, kwargs, at)
-        with kept_state(model):
+        with kept_state(model), _noting_code() as code:
             expected = model(*own_args, **own_kwargs)
         own_args, own_kwargs = _cloned(args, kwargs, at)
         with kept_state(model):
             graph_module, out_spec, calls, sample = make(expected, own_args, own_kwargs, at)
-        captured = _read(graph_module, own_args, own_kwargs, out_spec, calls, sample)
-        _check(captured, own_args, own_kwargs, expected, name)
+        try:
+            captured = _read(graph_module, own_args, own_kwargs, out_spec, calls, sample)
+            _check(captured, own_args, own_kwargs, expected, name)
+        except CaptureError:
+            raise
+        except Exception as error:  # of torch, which documents none
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CaptureError(f"{name} does not run once captured: {reason}") from error
         if batch is not None:
             captured = _any_batch(captured, own_args, own_kwargs, name)
             own_args, own_kwargs = _cloned(args, kwargs, other or {})
             if sizes_of(captured, _tensors(own_args, own_kwargs)) is not None:
                 check_call(captured, model, own_args, own_kwargs)
-    return captured
+    return replace(captured, code=frozenset(code))
+
+
+@contextmanager
+def _noting_code() -> Iterator[set[str]]:
+    """The files of the Python code that this thread runs meanwhile."""
+    files: set[str] = set()
+    before = sys.getprofile()
+
+    def note(frame: Any, event: Any, argument: Any) -> None:
+        if event == "call":
+            files.add(frame.f_code.co_filename)
+        if before is not None:
+            before(frame, event, argument)
+
+    sys.setprofile(note)
+    try:
+        yield files
+    finally:
+        sys.setprofile(before)
 
 
 def sizes_of(captured: Capture, tensors: Sequence[Tensor]) -> dict[Any, int] | None:

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from passes.capture import BlockCall, Capture, CaptureError, Made, Slot, captured_at, module_of
+
+FORMAT = 1
 
 #: Values that are written as the name that torch has for them.
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
@@ -26,12 +29,14 @@ _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.m
 def serialise(captured: Capture, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(what JSON can hold, constants by name) of a capture of ``model``.
 
-    Raises ValueError for a graph with anything in it but operators, numbers, and what else JSON can name; and for a capture for
-    any batch, whose guards, branches that the denoiser took for its batch, are no part of the graph.
+    Raises ValueError, saying what, for a graph with anything in it but operators, numbers, and what else JSON can name; for one
+    of weights that the model has no more; and for a capture for any batch, whose guards (branches that the denoiser took for
+    its batch) are no part of the graph.
     """
     if captured.sizes:
         raise ValueError("it is for any batch")
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = {id(tensor): name for name, tensor in _tensors_of(model).items()}
+    weights: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     nodes = []
     for node in captured.graph_module.graph.nodes:
@@ -42,9 +47,13 @@ def serialise(captured: Capture, model: nn.Module) -> tuple[dict[str, Any], dict
             value = operator.attrgetter(target)(captured.graph_module)
             if not isinstance(value, Tensor):
                 raise ValueError(f"{target!r} is no tensor")
-            if own.get(target) is not value:
-                if not value.is_contiguous():
-                    raise ValueError(f"the constant {target!r} is not contiguous")
+            if id(value) in own:
+                weights[target] = own[id(value)]
+            elif isinstance(value, nn.Parameter) or target in own.values():
+                raise ValueError(f"{target!r} has been replaced")
+            elif type(value) is not Tensor or value.layout != torch.strided or not value.is_contiguous() or value.is_complex():
+                raise ValueError(f"the constant {target!r} is no plain tensor")
+            else:
                 constants[target] = value.detach().clone()
         elif node.op not in ("placeholder", "output"):
             raise ValueError(f"{node.format_node()} calls a module")
@@ -52,10 +61,12 @@ def serialise(captured: Capture, model: nn.Module) -> tuple[dict[str, Any], dict
         nodes.append([node.name, node.op, target, _written(node.args), _written(node.kwargs), list(module_of(node)), described])
     calls = [[c.block, c.call, [s.index for s in c.slots], [list(outer) for outer in c.enclosing]] for c in captured.calls]
     document = {
+        "format": FORMAT,
         "nodes": nodes,
         "sample": captured.inputs.index(captured.sample),
         "calls": calls,
         "opaque": sorted(captured.opaque),
+        "weights": weights,
         "constants": {name: str(constant.device) for name, constant in constants.items()},
     }
     return document, constants
@@ -76,12 +87,14 @@ def restore(
 
     def make(expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: Mapping[int, int]) -> Made:
         try:
+            if document["format"] != FORMAT:
+                raise ValueError(f"its format is {document['format']}, here it is {FORMAT}")
             graph_module = _rebuilt(document, constants, model, pytree.tree_leaves((args, kwargs)))
             calls = [
                 BlockCall(block, call, tuple(Slot(block, call, index) for index in slots), tuple((b, n) for b, n in enclosing))
                 for block, call, slots, enclosing in document["calls"]
             ]
-            calls += [BlockCall(block, 0, (), ()) for block in document["opaque"]]
+            calls += [BlockCall(block, -1, (), ()) for block in document["opaque"]]
             return graph_module, pytree.tree_structure(expected), calls, int(document["sample"])
         except Exception as error:  # of torch, which documents none for operators that it does not have
             name, reason = type(model).__name__, str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -94,10 +107,11 @@ def _rebuilt(
     document: Mapping[str, Any], constants: Mapping[str, Tensor], model: nn.Module, leaves: Sequence[Any]
 ) -> GraphModule:
     """The graph, its weights those of ``model``, its inputs like ``leaves``."""
-    graph, mode = Graph(), FakeTensorMode()
+    graph, mode = Graph(), FakeTensorMode(shape_env=ShapeEnv())  # without which torch's caches keep nothing of the graph
     named: dict[str, Node] = {}
     attributes: dict[str, Tensor] = {}
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = _tensors_of(model)
+    own = {target: tensors[name] for target, name in document["weights"].items()}
     own |= {name: constants[name].to(device) for name, device in document["constants"].items()}
     given = iter(leaves)
     for name, op, target, args, kwargs, modules, described in document["nodes"]:
@@ -112,6 +126,16 @@ def _rebuilt(
             value = own[target] if op == "get_attr" else next(given)
             node.meta["val"] = mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
     return GraphModule(attributes, graph, class_name="CapturedDenoiser")  # type: ignore[arg-type]
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers, and the tensors that are plain attributes of modules, by path."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, tensor in (*vars(module).items(), *module._buffers.items(), *module._parameters.items()):
+            if isinstance(tensor, Tensor):
+                found[f"{path}.{name}" if path else name] = tensor
+    return found
 
 
 def _described(value: Any) -> Any:

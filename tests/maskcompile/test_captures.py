@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import maskcompile as mc
-from maskcompile import artefacts, captures
-from tests.toys import Block, Chain
+from maskcompile import captures
+from tests.toys import Chain
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,6 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(captures, "capture", capture)
     monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
-    monkeypatch.setattr(captures, "_loadable", {})
     return made
 
 
@@ -114,75 +113,3 @@ def test_an_optimised_denoiser_is_not_captured():
         mc.trace(fast, *inputs())
     with pytest.raises(ValueError, match=r"already optimised; pass fast.original"):
         mc.schedules.measure_changes(fast, lambda seed: fast(*inputs()), program)
-
-
-def kept(model, path, x):
-    """A file of what was captured of a denoiser."""
-    fast = mc.optimize(model, full(model), backend="eager")
-    result = fast(*x)
-    artefacts.save_artefacts(path, captures.saved_captures(model, [c.capture for c in fast._captures.values()]), {})
-    return result
-
-
-def forget(monkeypatch):
-    """As in another process."""
-    monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
-
-
-def test_a_capture_of_a_file_is_taken(counted, monkeypatch, tmp_path):
-    x = inputs()
-    kept(Processed().eval(), tmp_path / "chain", x)
-    assert len(counted) == 1
-    forget(monkeypatch)
-    other = Processed().eval()  # of other weights
-    fast = mc.optimize(other, full(other), backend="eager", compiled=tmp_path / "chain")
-    assert torch.equal(fast(*x), other(*x))
-    assert len(counted) == 1
-    fast(*inputs(4))  # at which nothing was kept
-    assert len(counted) == 2
-
-
-def rescaled(model):
-    model.processor.scale = 2.0
-
-
-def hooked(model):
-    model.a.register_forward_hook(lambda module, args, output: 2 * output)
-
-
-@pytest.mark.parametrize("change", [rescaled, hooked])
-def test_a_capture_of_another_denoiser_is_not_asked_for(change, counted, monkeypatch, tmp_path, recwarn):
-    x = inputs()
-    kept(Processed().eval(), tmp_path / "chain", x)
-    forget(monkeypatch)
-    other = Processed().eval()
-    change(other)
-    fast = mc.optimize(other, full(other), backend="eager", compiled=tmp_path / "chain")
-    assert torch.equal(fast(*x), other(*x))
-    assert len(counted) == 2
-    assert not recwarn.list
-
-
-def test_a_stale_capture_is_refused(counted, monkeypatch, tmp_path):
-    """What no fingerprint sees, the comparison with the denoiser does."""
-    x = inputs()
-    kept(Processed().eval(), tmp_path / "chain", x)
-    forget(monkeypatch)
-    other = Processed().eval()
-    own = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, x, time: own(self, x, time) + 1)
-    fast = mc.optimize(other, full(other), backend="eager", compiled=tmp_path / "chain")
-    with pytest.warns(
-        UserWarning, match="a capture in a file of save_compiled is not used, and made afresh: .* something else"
-    ):
-        result = fast(*x)
-    assert torch.equal(result, other(*x))
-    assert len(counted) == 2
-
-
-def test_a_denoiser_of_no_file_is_captured_each_time(counted, tmp_path):
-    namespace = {"__name__": "nowhere", "Chain": Chain}
-    exec("class Typed(Chain):\n    pass", namespace)  # as at a prompt
-    model = namespace["Typed"]().eval()
-    kept(model, tmp_path / "typed", inputs())
-    assert artefacts.load_artefacts(tmp_path / "typed") == ({}, {})

@@ -40,6 +40,9 @@ def test_a_capture_is_what_it_was(name):
 
     own = dict(other.named_parameters(remove_duplicate=False))
     weights = dict(restored.graph_module.named_parameters(remove_duplicate=False))
+    buffers = dict(other.named_buffers(remove_duplicate=False))
+    for path, buffer in restored.graph_module.named_buffers(remove_duplicate=False):
+        assert path in constants or buffer is buffers[path]
     assert weights
     assert all(weight is own[path] for path, weight in weights.items())
     before, after = captured.graph_module.graph.nodes, restored.graph_module.graph.nodes
@@ -128,10 +131,44 @@ def test_what_is_no_capture_of_the_denoiser_is_refused(change, said):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_another_layout_is_refused():
+@pytest.mark.parametrize("other", [Table(), Chain(8)])
+def test_another_layout_is_refused(other):
     document, constants = stored(Chain().eval())
-    with pytest.raises(CaptureError, match="none of this Table"):
-        restore(document, constants, Table().eval(), INPUTS, {})
+    inputs = (torch.randn(2, 4 if isinstance(other, Table) else 8), torch.tensor(3))
+    with pytest.raises(CaptureError):
+        restore(document, constants, other.eval(), inputs, {})
+
+
+class Twice(nn.Module):
+    """A block that returns a tensor at its first call, and nothing at its second."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(4, 4))
+        self.b = Sometimes()
+
+    def forward(self, sample, timestep):
+        first = self.b(self.a(sample), True)
+        self.b(first, False)
+        return first + timestep
+
+
+class Sometimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, really):
+        return self.inner(x) if really else None
+
+
+def test_a_module_that_returns_a_tensor_once():
+    model = Twice().eval()
+    captured = capture(model, INPUTS, {}, composite_modules(model))
+    restored = restore(*stored(model), model, INPUTS, {})
+    assert captured.opaque == restored.opaque == {"b"}
+    assert captured.calls == restored.calls
+    assert {call.block for call in restored.calls} == {"a", "b"}
 
 
 def test_a_capture_for_any_batch_is_not_kept():
