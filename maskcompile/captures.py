@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from maskcompile._version import __version__
-from maskcompile.digest import changed_sources, digest, sources
+from maskcompile.digest import digest, sources
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.signature import Call
 from passes.capture import Capture, CaptureError, capture, composite_modules
@@ -36,8 +36,8 @@ MOST_KEPT = 8
 class Captured:
     """after: the denoiser's fingerprint when it had been captured. volatile: what of it a forward changes by itself.
 
-    name: in files, the same in another process. sources: the code that it is of, see ``maskcompile.digest``. unnamed: why there
-    is no name, which a capture for any batch has not either.
+    name: in files, the same in another process. sources: the code that it is of, see ``maskcompile.digest``. unnamed: why it
+    has no name; empty, too, for a capture for any batch, which has none.
     """
 
     capture: Capture
@@ -77,7 +77,7 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
             if name and not code:
                 try:
                     code = sources(found)
-                except (ValueError, OSError) as error:
+                except Exception as error:
                     name, unnamed = "", str(error)
             made = Captured(found, after, changes(before, after), name, code, unnamed)
         kept[key] = made  # the last to go
@@ -97,20 +97,22 @@ def saved_captures(model: nn.Module, captures: Collection[Capture]) -> dict[str,
     A warning says which cannot be kept, but for those for any batch.
     """
     files = {}
-    wanted = {id(found.graph_module) for found in captures}
     with MAKING:
-        kept = [made for made in _kept.get(model, {}).values() if id(made.capture.graph_module) in wanted]
-    for made in kept:
+        kept = {id(made.capture.graph_module): made for made in _kept.get(model, {}).values()}
+    for captured in captures:
         try:
+            made = kept.get(id(captured.graph_module))
+            if made is None:
+                raise ValueError(f"more than {MOST_KEPT} were made")
             if made.name:
                 document, constants = serialise(made.capture, model)
-                files[made.name] = json.dumps({**document, "sources": made.sources}).encode()
-                files[made.name + CONSTANTS] = save(constants)
+                content = json.dumps({**document, "sources": made.sources}).encode(), save(constants)
+                files[made.name], files[made.name + CONSTANTS] = content
             elif made.unnamed:
                 raise ValueError(made.unnamed)
-        except ValueError as error:
+        except Exception as error:  # of safetensors, which has errors of its own, too
             warnings.warn(
-                f"the file has no capture of {type(model).__name__}, which another process has to make anew: {error}.",
+                f"the file has not every capture of {type(model).__name__}, and another process has to make it anew: {error}.",
                 stacklevel=3,
             )
     return files
@@ -123,10 +125,10 @@ def load_captures(files: Mapping[str, bytes]) -> None:
 
 def _name(model: nn.Module, call: Call, marks: frozenset[str]) -> tuple[str, str]:
     """(a name for a capture that another process comes to as well, "") or ("", why there is none)."""
-    described = repr(call.key.parts)
-    if " at 0x" in described:
-        return "", "an argument is told by its address alone"
     try:
+        described = repr(call.key.parts)
+        if " at 0x" in described:
+            raise ValueError("an argument is told by its address alone")
         found = digest(model)
     except Exception as error:  # whatever the settings of a denoiser do when they are looked at, capturing goes on
         return "", str(error)
@@ -153,6 +155,10 @@ def _restored(name: str, model: nn.Module, call: Call) -> tuple[Capture, dict[st
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CaptureError(f"it is damaged ({error}).") from error
     restored = restore(document, constants, model, call.args, call.kwargs)
-    if changed := changed_sources(code):  # looked at only now: a denoiser may import things when it first runs
-        raise CaptureError(f"the code of {changed[0]} is not what it was.")
+    try:
+        ran = sources(restored)
+    except Exception as error:
+        raise CaptureError(f"{error}.") from error
+    if other := [module for module in ran if code.get(module) != ran[module]]:
+        raise CaptureError(f"the code of {other[0]} is not what it was.")
     return restored, code

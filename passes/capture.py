@@ -87,7 +87,7 @@ class Capture:
     macs: multiply-accumulates of each node that has any.
     sizes: of the symbols in the shapes of the graph, at the call that it is looked at for; empty in a capture for one batch.
     guards: what it takes for granted of them. See ``passes.sizes``.
-    code: the files of the Python code that the denoiser ran.
+    code: the files of the Python code that the denoiser ran; None where a profiler was on, which alone can see that.
     """
 
     graph_module: GraphModule
@@ -102,7 +102,7 @@ class Capture:
     macs: Mapping[Node, int]
     sizes: Sizes = field(default_factory=dict)
     guards: tuple[Any, ...] = ()
-    code: frozenset[str] = frozenset()
+    code: frozenset[str] | None = None
 
 
 def composite_modules(model: nn.Module) -> list[str]:
@@ -207,26 +207,29 @@ def captured_at(
             own_args, own_kwargs = _cloned(args, kwargs, other or {})
             if sizes_of(captured, _tensors(own_args, own_kwargs)) is not None:
                 check_call(captured, model, own_args, own_kwargs)
-    return replace(captured, code=frozenset(code))
+    return replace(captured, code=None if code is None else frozenset(code))
 
 
 @contextmanager
-def _noting_code() -> Iterator[set[str]]:
-    """The files of the Python code that this thread runs meanwhile."""
+def _noting_code() -> Iterator[set[str] | None]:
+    """The files of the Python code that this thread runs meanwhile; None under a profiler."""
+    if sys.getprofile() is not None:
+        yield None
+        return
     files: set[str] = set()
-    before = sys.getprofile()
 
     def note(frame: Any, event: Any, argument: Any) -> None:
-        if event == "call":
-            files.add(frame.f_code.co_filename)
-        if before is not None:
-            before(frame, event, argument)
+        code = frame.f_code
+        if event == "call" and not (
+            code.co_filename == "<string>" and code.co_name.startswith("__")
+        ):  # dataclasses write these
+            files.add(code.co_filename)
 
     sys.setprofile(note)
     try:
         yield files
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None)
 
 
 def sizes_of(captured: Capture, tensors: Sequence[Tensor]) -> dict[Any, int] | None:

@@ -189,6 +189,8 @@ def _written(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return {"float": value.hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real.hex(), value.imag.hex()]}
     if isinstance(value, Node):
         return {"node": value.name}
     if isinstance(value, (list, tuple)):
@@ -212,6 +214,8 @@ def _read(written: Any, named: Mapping[str, Node]) -> Any:
     ((kind, value),) = written.items()
     if kind == "float":
         return float.fromhex(value)
+    if kind == "complex":
+        return complex(*map(float.fromhex, value))
     if kind == "node":
         return named[value]
     if kind == "tuple":

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import collections
+import cProfile
 import enum
 import functools
 import importlib
+import math
 import os
+import random
+import subprocess
 import sys
+import time
+import types
 import warnings
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import maskcompile as mc
 from maskcompile import artefacts, captures
+from maskcompile import digest as digests
 from maskcompile.digest import digest
 from tests.toys import Block, Chain
 
@@ -55,6 +64,25 @@ def save(fast, path):
 def forget(monkeypatch):
     """As in another process."""
     monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
+
+
+def gate(t):
+    return torch.where(t < 500, 1.0, 1.0)
+
+
+def _elsewhere():
+    """The same function, of a file that is no module's."""
+    namespace = {"torch": torch}
+    exec(compile("def gate(t):\n    return torch.where(t < 500, 3.0, 1.0)\n", "/nowhere/patch.py", "exec"), namespace)
+    return namespace["gate"]
+
+
+another_gate = _elsewhere()
+
+
+class Gated(Chain):
+    def forward(self, sample, timestep):
+        return super().forward(sample, timestep) * gate(timestep)
 
 
 class Processor:
@@ -135,39 +163,55 @@ def test_a_capture_of_another_denoiser_is_not_asked_for(change, counted, monkeyp
     assert not recwarn.list
 
 
+GAIN = 1.0
+
+
+class Gaining(Chain):
+    def forward(self, sample, timestep):
+        return super().forward(sample, timestep) * GAIN
+
+
 def test_a_stale_capture_is_refused(counted, monkeypatch, tmp_path):
-    """What no digest tells, the comparison with the denoiser does."""
+    """What the digest does not tell, a variable of a module, the comparison with the denoiser does."""
     x = inputs()
-    fast = optimise(Processed().eval())
+    fast = optimise(Gaining().eval())
     fast(*x)
     save(fast, tmp_path / "chain")
     forget(monkeypatch)
-    other = Processed().eval()
-    own = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, x, time: own(self, x, time) + 1)
+    monkeypatch.setitem(globals(), "GAIN", 2.0)
+    other = Gaining().eval()
     fast = optimise(other, compiled=tmp_path / "chain")
-    with pytest.warns(UserWarning, match="not used, and made afresh: Processed computes something else"):
+    with pytest.warns(UserWarning, match="not used, and made afresh: Gaining computes something else"):
         result = fast(*x)
     assert torch.equal(result, other(*x))
     assert len(counted) == 2
 
 
-def written(path, text):
-    """A module's file, as it was written before this process began."""
-    path.write_text(text)
-    os.utime(path, (1, 1))
+def test_code_put_in_the_place_of_other_code(counted, monkeypatch, tmp_path):
+    """As patches do, where the timestep of the comparison does not show it."""
+    fast = optimise(Gated().eval())
+    fast(*inputs())
+    save(fast, tmp_path / "gated")
+    forget(monkeypatch)
+    monkeypatch.setitem(globals(), "gate", another_gate)
+    other = Gated().eval()
+    fast = optimise(other, compiled=tmp_path / "gated")
+    with pytest.warns(UserWarning, match="not used, and made afresh: /nowhere/patch.py is no file of a module"):
+        fast(*inputs())
+    late = inputs(timestep=100)
+    assert torch.equal(fast(*late), other(*late))
 
 
 def test_the_code_that_operations_come_from(counted, monkeypatch, tmp_path):
     """A function of another file, edited so that the timestep of the comparison does not show it."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(digests, "_STARTED", math.inf)  # as if the process began after these files were written
     gate = "import torch\n\ndef gate(t):\n    return torch.where(t < 500, {}, 1.0)\n"
-    written(tmp_path / "maskcompile_gates.py", gate.format(1.0))
-    written(
-        tmp_path / "maskcompile_gated.py",
+    (tmp_path / "maskcompile_gates.py").write_text(gate.format(1.0))
+    (tmp_path / "maskcompile_gated.py").write_text(
         "import maskcompile_gates\nfrom tests.toys import Chain\n\nclass Gated(Chain):\n"
         "    def forward(self, sample, timestep):\n"
-        "        return super().forward(sample, timestep) * maskcompile_gates.gate(timestep)\n",
+        "        return super().forward(sample, timestep) * maskcompile_gates.gate(timestep)\n"
     )
     gated = importlib.import_module("maskcompile_gated")
     try:
@@ -175,7 +219,7 @@ def test_the_code_that_operations_come_from(counted, monkeypatch, tmp_path):
         fast(*inputs())
         save(fast, tmp_path / "gated")
         forget(monkeypatch)
-        written(tmp_path / "maskcompile_gates.py", gate.format(33.0))
+        (tmp_path / "maskcompile_gates.py").write_text(gate.format(33.0))
         importlib.reload(sys.modules["maskcompile_gates"])
         model = gated.Gated().eval()
         fast = optimise(model, compiled=tmp_path / "gated")
@@ -184,11 +228,11 @@ def test_the_code_that_operations_come_from(counted, monkeypatch, tmp_path):
         late = inputs(timestep=100)
         assert torch.equal(fast(*late), model(*late))
         assert len(counted) == 2
-        (tmp_path / "maskcompile_gates.py").touch()  # nobody knows whether this is what runs
         forget(monkeypatch)
+        monkeypatch.setattr(digests, "_STARTED", time.time() - 60)
         fast = optimise(model)
         fast(*inputs())
-        with pytest.warns(UserWarning, match=r"no capture of Gated.*maskcompile_gates.py has been changed meanwhile"):
+        with pytest.warns(UserWarning, match=r"every capture of Gated.*maskcompile_gate.*.py has been changed meanwhile"):
             assert not save(fast, tmp_path / "gated")
     finally:
         del sys.modules["maskcompile_gates"], sys.modules["maskcompile_gated"]
@@ -202,6 +246,20 @@ class Choice(enum.Enum):
 class Private:
     def __init__(self, value):
         self._value = value
+
+
+class Named(list):
+    def __init__(self, values, name):
+        super().__init__(values)
+        self.name = name
+
+
+def named(name):
+    def function():
+        return None
+
+    function.name = name
+    return function
 
 
 def scaling(by):
@@ -221,18 +279,63 @@ SETTINGS = {
     "nested": ({"a": [{"_b": {"c": (1,)}}]}, {"a": [{"_b": {"c": (2,)}}]}),
     "tensors": (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])),
     "built-in methods": (torch.Tensor.sigmoid, torch.Tensor.tanh),
+    "bound ones": ((2.0).__mul__, (3.0).__mul__),
+    "of containers": ({1: 2}.get, {1: 3}.get),
+    "lists with attributes": (Named([1], "a"), Named([1], "b")),
+    "functions with attributes": (named("a"), named("b")),
+    "functions with sets": (lambda m: m in {"alpha", "beta", "gamma"}, lambda m: m in {"alpha", "beta", "delta"}),
+    "classes": (Private, Choice),
 }
+
+
+def with_setting(value):
+    torch.manual_seed(0)
+    model = Chain()
+    model.a.setting = value
+    return model
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_that_differ(name):
-    told = []
-    for value in (*SETTINGS[name], SETTINGS[name][0]):
+    first, second = SETTINGS[name]
+    assert digest(with_setting(first)) != digest(with_setting(second))
+
+
+DIGESTS = """
+from tests.denoisers import denoiser
+from tests.maskcompile.test_saved_captures import SETTINGS, digest, with_setting
+for first, second in SETTINGS.values():
+    print(digest(with_setting(first)), digest(with_setting(second)))
+for name in ("unet2d_condition", "flux", "timm_dit"):
+    print(digest(denoiser(name).model))
+"""
+
+
+def test_digests_are_the_same_in_other_processes():
+    said = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", DIGESTS], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    assert said[0] == said[1]
+    assert len(set(said[0])) == len(said[0]) == 2 * len(SETTINGS) + 3
+
+
+def test_modules_in_another_order():
+    def listed(*order):
         torch.manual_seed(0)
-        model = Chain()
-        model.a.setting = value
-        told.append(digest(model))
-    assert told[0] == told[2] != told[1]
+        model, parts = Chain(), (Block(4), Block(4))
+        model.more = nn.ModuleList(parts[place] for place in order)
+        return digest(model)
+
+    assert len({listed(0, 1, 0), listed(0, 1, 1), listed(0, 1)}) == 3
+
+
+def test_a_class_that_was_changed(monkeypatch):
+    before = digest(Chain())
+    monkeypatch.setattr(Block, "forward", lambda self, x, time: x)
+    assert digest(Chain()) != before
 
 
 def test_weights_that_are_one():
@@ -246,14 +349,24 @@ class Slotted:
     __slots__ = ("value",)
 
 
-@pytest.mark.parametrize("value", [Slotted(), nn.Linear(1, 1), functools.reduce(lambda inner, _: [inner], range(20), 0)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        Slotted(),
+        random.Random(0),
+        collections.defaultdict(int),
+        np.array([[]], dtype=object),
+        nn.Linear(1, 1),
+        functools.reduce(lambda inner, _: [inner], range(20), 0),
+    ],
+)
 def test_what_cannot_be_told_is_not_kept(value, counted, tmp_path):
     model = Chain().eval()
     model.a.held = [value]
     fast = optimise(model)
     x = inputs()
     assert torch.equal(fast(*x), model(*x))
-    with pytest.warns(UserWarning, match="the file has no capture of Chain, which another process has to make anew: "):
+    with pytest.warns(UserWarning, match="the file has not every capture of Chain, and another process has to make it anew: "):
         assert not save(fast, tmp_path / "chain")
 
 
@@ -279,8 +392,7 @@ class Turned(Chain):
     """With a constant of a dtype that safetensors does not have."""
 
     def forward(self, sample, timestep):
-        turn = torch.view_as_complex(torch.tensor([[0.0, 1.0]], dtype=torch.float64))
-        return super().forward(sample, timestep) + (turn * 1j).real.float()
+        return super().forward(sample, timestep) + (torch.tensor([1j], dtype=torch.complex128) * 1j).real.float()
 
 
 class Turning(Chain):
@@ -292,8 +404,8 @@ class Turning(Chain):
         return super().forward(sample, timestep) + (self.turn * 1j).real.float()
 
 
-@pytest.mark.parametrize("kind", [Turned, Turning])
-def test_constants_that_safetensors_cannot_hold(kind, counted, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("kind", "kept"), [(Turned, False), (Turning, True)])
+def test_constants_that_safetensors_cannot_hold(kind, kept, counted, monkeypatch, tmp_path):
     """They need not be in the file where they are the denoiser's own; otherwise there is none of it."""
     fast = optimise(kind().eval())
     x = inputs()
@@ -301,11 +413,11 @@ def test_constants_that_safetensors_cannot_hold(kind, counted, monkeypatch, tmp_
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         files = save(fast, tmp_path / "turned")
-    assert bool(files) != bool(caught)
+    assert (bool(files), len(caught)) == (kept, int(not kept))
     forget(monkeypatch)
     other = optimise(kind().eval(), compiled=tmp_path / "turned")
     assert torch.equal(other(*x), other.original(*x))
-    assert len(counted) == 1 + bool(caught)
+    assert len(counted) == 1 + (not kept)
 
 
 class Labelled(Chain):
@@ -346,3 +458,46 @@ def test_a_damaged_capture_is_made_afresh(counted, monkeypatch, tmp_path):
                 result = optimise(fast.original)(*x)
             assert torch.equal(result, fast.original(*x))
             assert not captures._loadable
+
+
+def test_under_a_profiler(counted, tmp_path):
+    """Which goes on; what code ran is not known then."""
+    model, x = Chain().eval(), inputs()
+    fast = optimise(model)
+    seen = []
+    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    try:
+        fast(*x)
+        still = len(seen)
+        model(*x)
+    finally:
+        sys.setprofile(None)
+    assert len(seen) > still
+    with pytest.warns(UserWarning, match="a profiler was on"):
+        assert not save(fast, tmp_path / "chain")
+    profile = cProfile.Profile()
+    assert torch.equal(profile.runcall(optimise(Processed().eval()), *x).isfinite().all(), torch.tensor(True))
+    assert sys.getprofile() is None
+
+
+def test_a_denoiser_that_fails_leaves_no_profiler(counted):
+    with pytest.raises(RuntimeError, match="does not run on these inputs"):
+        optimise(Labelled().eval())(torch.randn(2, 4), torch.tensor(5000))
+    assert sys.getprofile() is None
+
+
+class Lazy(types.ModuleType):
+    @property
+    def __dict__(self):
+        raise ImportError("not installed")
+
+    def __getattr__(self, name):
+        raise ImportError("not installed")
+
+
+def test_modules_that_must_not_be_looked_at(counted, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "maskcompile_lazy", Lazy("maskcompile_lazy"))
+    fast = optimise(Chain().eval())
+    x = inputs()
+    assert torch.equal(fast(*x), fast.original(*x))
+    assert save(fast, tmp_path / "chain")
