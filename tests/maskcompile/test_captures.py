@@ -26,6 +26,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(captures, "capture", capture)
     monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
+    monkeypatch.setattr(captures, "_loadable", {})  # of files that other tests took
     return made
 
 
