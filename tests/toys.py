@@ -68,6 +68,22 @@ class Chain(nn.Module):
         return self.c(self.b(a, time) * self.settings["b"]["scale"] + a, time) * self.gain
 
 
+class Processor:
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Processed(Chain):
+    """Its settings are in an object that is no module, as those of diffusers' attention processors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor = Processor()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(sample, timestep) * self.processor.scale
+
+
 class RandomDag(nn.Module):
     """Blocks that read random earlier outputs: plain, without MACs, tuple-valued with a nested one, and one that is called
     several times, by itself and from within others."""

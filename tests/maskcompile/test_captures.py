@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -12,22 +11,9 @@ from torch import nn
 
 import maskcompile as mc
 from maskcompile import captures
-from tests.toys import Chain
+from tests.toys import Chain, Processed
 
-
-@pytest.fixture(autouse=True)
-def counted(monkeypatch):
-    made = []
-    own = captures.capture
-
-    def capture(*args, **kwargs):
-        made.append(len(made))
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(captures, "capture", capture)
-    monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
-    monkeypatch.setattr(captures, "_loadable", {})  # of files that other tests took
-    return made
+pytestmark = pytest.mark.usefixtures("counted")
 
 
 def inputs(batch=2):
@@ -45,22 +31,6 @@ def test_tracing_and_optimising_capture_once(counted):
         fast = mc.optimize(model, mc.Mask.full(program.names, [900, 100]), backend="eager")
         fast(*inputs())
     assert len(counted) == 1
-
-
-class Processor:
-    def __init__(self):
-        self.scale = 1.0
-
-
-class Processed(Chain):
-    """Its settings are in an object that is no module, as those of diffusers' attention processors."""
-
-    def __init__(self):
-        super().__init__()
-        self.processor = Processor()
-
-    def forward(self, sample, timestep):
-        return super().forward(sample, timestep) * self.processor.scale
 
 
 def changed(model, what):

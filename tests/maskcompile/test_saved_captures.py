@@ -26,25 +26,12 @@ import maskcompile as mc
 from maskcompile import artefacts, captures
 from maskcompile import digest as digests
 from maskcompile.digest import digest
-from tests.toys import Block, Chain
+from tests.toys import Block, Chain, Processed
 
 TIMESTEPS = (900, 100)
 
 
-@pytest.fixture(autouse=True)
-def counted(monkeypatch):
-    """Captures that were made, not taken from a file."""
-    made = []
-    own = captures.capture
-
-    def capture(*args, **kwargs):
-        made.append(len(made))
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(captures, "capture", capture)
-    monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
-    monkeypatch.setattr(captures, "_loadable", {})
-    return made
+pytestmark = pytest.mark.usefixtures("counted")
 
 
 def inputs(batch=2, timestep=900):
@@ -83,22 +70,6 @@ another_gate = _elsewhere()
 class Gated(Chain):
     def forward(self, sample, timestep):
         return super().forward(sample, timestep) * gate(timestep)
-
-
-class Processor:
-    def __init__(self):
-        self.scale = 1.0
-
-
-class Processed(Chain):
-    """Its settings are in an object that is no module, as those of diffusers' attention processors."""
-
-    def __init__(self):
-        super().__init__()
-        self.processor = Processor()
-
-    def forward(self, sample, timestep):
-        return super().forward(sample, timestep) * self.processor.scale
 
 
 class Tabled(Chain):
