@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.report:
         path = options.out / "learning.json"
         settings = {
-            "setting": f"Float32, backend eager; {hardware(threads=False)}.",
+            "setting": "Float32, backend eager",
             "passes": options.passes,
             "pictures": {"learning": 2 * LEARN, "held out": HELD_OUT, "choosing": CHOOSE},
             "weights": {name: weights_hash(name) for name in DENOISERS},
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
         wanted = [t for t in trials(options.denoisers, options.steps, options.budgets, options.ablations) if t.key not in done]
         for trial in tqdm([t for t in wanted if re.search(options.only, t.key)], disable=None):
             figures = bench.measure(trial)
-            rows.add(path, {"key": trial.key, **asdict(trial), **figures})
+            rows.add(path, {"key": trial.key, **asdict(trial), **figures, "hardware": hardware(threads=False)})
             tqdm.write(f"{trial} {figures}")
     learning_report.write(options.out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -58,13 +59,22 @@ def report(document: Row, rows: list[Row]) -> str:
         f"masks are the best, by {pictures['choosing']} of these very pictures, of all intervals and numbers of warm-up steps "
         "that keep at most the budget and 0.01, and at least three quarters of it. The search, but for the fit, spent "
         f"{document['passes']:g} sampling passes, half as many at 100 steps. "
-        f"{document['setting']} Made by `python -m benchmarks.learning`. A dash: not measured, or there is none.",
+        f"{document['setting']}; {machines(document['rows'])}. "
+        "Made by `python -m benchmarks.learning`. A dash: not measured, or there is none.",
     ]
     for steps in sorted({row["steps"] for row in rows}):
         of = [row for row in rows if row["steps"] == steps and not row["rules"]]
         parts += [f"## {steps} steps", "PSNR", table(of, "psnr", ".1f"), gains(of), "SSIM", table(of, "ssim", ".4f")]
     parts += ["## Spread", spread(rows), "## What learning took", effort(rows), "## The paper's ablations", ablations(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def machines(rows: list[Row]) -> str:
+    """What the rows were measured on, the most first."""
+    counts = Counter(row["hardware"] for row in rows)
+    if len(counts) == 1:
+        return str(*counts)
+    return "; ".join(f"{count} of the {len(rows)} measurements on {name}" for name, count in counts.most_common())
 
 
 def found(rows: list[Row], **wanted: Any) -> Row | None:
