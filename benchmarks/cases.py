@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,11 +129,9 @@ def run(of: Case, denoiser: Callable[..., Any]) -> list[Tensor]:
     return [denoiser(*args, **kwargs)[0].clone() for args, kwargs in of.calls]
 
 
-@torch.no_grad()
-def calls(of: Case, denoiser: Callable[..., Any]) -> None:
-    """Every call of the case, nothing else."""
-    for args, kwargs in of.calls:
-        denoiser(*args, **kwargs)
+def calls(of: Case, denoiser: Callable[..., Any]) -> list[Callable[[], Any]]:
+    """Every call of the case, to be made without gradients, and nothing else."""
+    return [torch.no_grad()(partial(denoiser, *args, **kwargs)) for args, kwargs in of.calls]
 
 
 def _bundled(name: str) -> Callable[[int], tuple[Any, Any]]:

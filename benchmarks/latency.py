@@ -1,12 +1,15 @@
 """Speed beside ``torch.compile``, as ratios within one run: ``python -m benchmarks.latency``.
 
-For each reference denoiser: eager, ``torch.compile`` of the original, the all-ones mask, and published masks under both reuse
-rules, put together from compiled regions, and two of them compiled as whole graphs, all compiled alike; one whole sampling
-run's denoiser calls each, interleaved. For the DiT also diffusers' TaylorSeer hook, which cannot be compiled whole and runs as
-it is. The realised share is (speed-up over the compiled original) / (MACs before / MACs after): 1 means that every MAC the mask
-removes is time saved, less that something was added. What the linear rule costs is measured step against step: one that
-extrapolates beside the same one that holds, as a share of a step of the compiled original. ``--denoisers`` measures some
-anew, and keeps the rows of the others where the setting is the same.
+For each denoiser: eager, ``torch.compile`` of the original, the all-ones mask, and published masks under both reuse rules, put
+together from compiled regions, all compiled alike; two of the masks also as whole graphs, under backend "eager", and in the
+other modes of ``torch.compile`` beside the original in that mode (on a GPU one of them replays CUDA graphs, in no other row).
+The denoiser calls of one sampling run each; the variants take turns every few steps. For the DiT also diffusers' TaylorSeer
+hook, which cannot be compiled whole and runs as it is. The realised share is (speed-up over the compiled original) / (MACs
+before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added. What the linear rule
+costs is measured step against step: one that extrapolates beside the same one that holds, as a share of a step of the compiled
+original.
+
+Writes ``latency.json`` and ``latency.md``, a table for each machine and setting; what is measured again is replaced.
 """
 
 from __future__ import annotations
@@ -22,113 +25,128 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import maskcompile as mc
+from benchmarks.cases import BATCH, Case, calls, case
 from benchmarks.masks import SCHEDULES, Choice, choices
 from benchmarks.reference import load
 from benchmarks.rivals import BLOCKS, taylorseer_hook
-from benchmarks.sampling import Task, task
-from benchmarks.timing import difference, hardware, interleaved, ratio
+from benchmarks.timing import difference, hardware, in_parts, interleaved, ratio, ratio_spread
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
-
-def take_mask(fast: mc.OptimizedDenoiser, mask: mc.Mask, t: Task, batch: int) -> None:
-    """Give the denoiser another mask, and see to it that every graph of it is compiled."""
-    args, kwargs = t.inputs(batch)
-    fast.set_mask(mask)
-    fast.warmup(*args, **kwargs, return_dict=False)
+#: turns of a variant within a round
+PARTS = 10
+#: further modes of ``torch.compile``, and whether ours records CUDA graphs then; the last on a GPU only
+MODES = {"max-autotune-no-cudagraphs": False, "reduce-overhead": True}
 
 
-def run_of(t: Task, denoiser: Callable[..., Any], batch: int) -> Callable[[], None]:
-    """The denoiser calls of one sampling run, without the scheduler's arithmetic."""
-    args, kwargs = t.inputs(batch)
-    kwargs["return_dict"] = False
-    steps = [torch.full_like(args[1], step) for step in t.timesteps]
+def measure(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
+    """A row for every variant."""
+    args, kwargs = of.calls[0]
+    on_gpu = of.start.is_cuda
+    program = mc.trace(of.denoiser, *args, **kwargs)
+    chosen = choices(of.name)
+    masks = {"all ones": mc.Mask.full(program.names, of.timesteps)}
+    masks |= {f"{choice.label}, {choice.reuse}": choice.mask(program, of) for choice in chosen}
+    few = ("all ones", next(f"{choice.label}, linear" for choice in chosen if choice.reuse == "linear"))
 
-    @torch.no_grad()
-    def run() -> None:
-        for step in steps:
-            denoiser(args[0], step, **kwargs)
+    def compiled(**options: Any) -> Callable[..., Any]:
+        return torch.compile(of.denoiser, fullgraph=True, dynamic=False, backend=backend, **options)
 
-    return run
+    def ours(mask: mc.Mask, **options: Any) -> mc.OptimizedDenoiser:
+        return mc.optimize(of.denoiser, mask, **{"backend": backend, "cuda_graphs": False, **options})
 
+    variants = {"eager": of.denoiser, "torch.compile": compiled()} | {label: ours(mask) for label, mask in masks.items()}
+    beside = dict.fromkeys(variants, "torch.compile")
+    shown = dict(masks)
+    further: dict[str, dict[str, Any]] = {"whole graphs": {"regions": False}, "backend eager": {"backend": "eager"}}
+    for mode in [mode for mode, replays in MODES.items() if backend == "inductor" and (on_gpu or not replays)]:
+        further[mode] = {"mode": mode, "cuda_graphs": MODES[mode]}
+        variants[f"torch.compile, {mode}"] = compiled(mode=mode)
+        beside[f"torch.compile, {mode}"] = "torch.compile"
+    for (name, options), label in product(further.items(), few):
+        mask, label = masks[label], f"{label}, {name}"
+        variants[label], shown[label] = ours(mask, **options), mask
+        beside[label] = f"torch.compile, {name}" if name in MODES else "torch.compile"
 
-def measure(name: str, steps: int, batch: int, repeats: int, backend: str) -> list[dict[str, Any]]:
-    t = task(name, steps)
-    args, kwargs = t.inputs(batch)
-    program = mc.trace(t.denoiser, *args, **kwargs, return_dict=False)
-    chosen = choices(name, rules=("hold", "linear"))
-    masks = {"all ones": mc.Mask.full(program.names, t.timesteps)}
-    masks |= {f"{choice.label}, {choice.reuse}": choice.mask(program, t) for choice in chosen}
-    whole = {f"{label}, whole graphs": masks[label] for label in ("all ones", "uniform(interval=2), linear")}
-    fast = mc.optimize(t.denoiser, masks["all ones"], backend=backend)
-    fast_whole = mc.optimize(t.denoiser, masks["all ones"], backend=backend, regions=False)
-    variants = {"eager": t.denoiser, "torch.compile": torch.compile(t.denoiser, fullgraph=True, dynamic=False, backend=backend)}
-    variants |= dict.fromkeys(masks, fast) | dict.fromkeys(whole, fast_whole)
-    runs = {label: run_of(t, denoiser, batch) for label, denoiser in variants.items()}
-    masks |= whole
-    prepare: dict[str, Callable[[], Any]] = {
-        label: partial(take_mask, fast_whole if label in whole else fast, mask, t, batch) for label, mask in masks.items()
-    }
+    runs: dict[str, Callable[[], Any]] = {v: in_parts(calls(of, denoiser), PARTS) for v, denoiser in variants.items()}
+    prepared: dict[str, Callable[[], Any]] = {}
+    for label in shown:
+        fast = variants[label]
+        assert isinstance(fast, mc.OptimizedDenoiser)
+        fast.warmup(*args, **kwargs)
+        prepared[label] = fast.reset
     with ExitStack() as hooks:
-        for interval, order in product((2, 3, 4), (1, 2)) if name == "dit" else ():
-            hooked = load(name)[0]
+        for interval, order in product((2, 3, 4), (1, 2)) if of.name == "dit" else ():
+            hooked = load(of.name)[0].to(of.start.device, of.start.dtype)
             label = f"TaylorSeer hook, order {order}, uniform(interval={interval})"
-            prepare[label] = hooks.enter_context(taylorseer_hook(hooked, BLOCKS[name], interval, order))
-            runs[label] = run_of(t, hooked, batch)
-        times = interleaved(runs, repeats, prepare=prepare)
-    rows = []
+            hook = taylorseer_hook(hooked, BLOCKS[of.name], interval, order, dtype=of.start.dtype)
+            prepared[label] = hooks.enter_context(hook)
+            runs[label], beside[label] = in_parts(calls(of, hooked), PARTS), "torch.compile"
+        times = interleaved(runs, repeats, prepare=prepared, parts=PARTS)
+        peaks = {label: peak(run, prepared.get(label)) for label, run in runs.items()} if on_gpu else {}
+    found = []
     for label, timing in times.items():
-        share = mc.cost(program, masks[label]).share if label in masks else None
-        speedup = ratio(times["torch.compile"], timing)
-        rows.append(
+        cost = mc.cost(program, shown[label]) if label in shown else None
+        speedup = ratio(times[beside[label]], timing)
+        found.append(
             {
-                "denoiser": name,
+                "denoiser": of.name,
                 "variant": label,
-                "share": share,
-                "ms_a_step": 1000 * timing.median / steps,
-                "spread": timing.spread,
+                "share": None if cost is None else cost.share,
+                "cache_mib": None if cost is None else cost.peak_cache_bytes / 2**20,
+                "peak_mib": peaks.get(label),
+                "ms_a_step": 1000 * timing.median / of.steps,
+                "spread": None if label == beside[label] else ratio_spread(times[beside[label]], timing),
                 "over_eager": ratio(times["eager"], timing),
                 "over_compiled": speedup,
-                "realised_share": speedup * share if label in masks else None,
+                "realised_share": None if cost is None or label.endswith("backend eager") else speedup * cost.share,
             }
         )
-    return rows
+    return found
 
 
-def rule_cost(name: str, batch: int, repeats: int, backend: str) -> list[dict[str, Any]]:
+def peak(run: Callable[[], Any], prepare: Callable[[], Any] | None) -> float:
+    """MiB of GPU memory that a run takes at most, weights included."""
+    if prepare is not None:
+        prepare()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(PARTS):
+        run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def rule_cost(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
     """Milliseconds of the compiled original, of a step that holds, and of the same step that extrapolates."""
-    t = task(name, 20)
-    args, kwargs = t.inputs(batch)
-    kwargs["return_dict"] = False
-    program = mc.trace(t.denoiser, *args, **kwargs)
-    timesteps = [torch.full_like(args[1], step) for step in t.timesteps]
-    original = torch.compile(t.denoiser, fullgraph=True, dynamic=False, backend=backend)
-    rows = []
-    for schedule in dict.fromkeys(schedule for schedule, _ in SCHEDULES[name]):
-        steps: dict[str, Callable[[], Any]] = {"original": partial(original, args[0], timesteps[0], **kwargs)}
+    program = mc.trace(of.denoiser, *of.calls[0][0], **of.calls[0][1])
+    original = torch.compile(of.denoiser, fullgraph=True, dynamic=False, backend=backend)
+    found = []
+    for schedule in dict.fromkeys(schedule for schedule, _ in SCHEDULES[of.name]):
+        args, kwargs = of.calls[3]
+        steps: dict[str, Callable[[], Any]] = {"original": partial(original, *args, **kwargs)}
         for rule in ("hold", "linear"):
-            fast = mc.optimize(t.denoiser, Choice(schedule, 2, reuse=rule).mask(program, t), backend=backend)
+            mask = Choice(schedule, 2, reuse=rule).mask(program, of)
+            fast = mc.optimize(of.denoiser, mask, backend=backend, cuda_graphs=False)
             with torch.no_grad():
-                for timestep in timesteps[:3]:  # computes, holds for lack of another computation, computes
-                    fast(args[0], timestep, **kwargs)
-            steps[rule] = partial(_again, fast, fast._threads.own.runs, args[0], timesteps[3], kwargs)
+                for first, keywords in of.calls[:3]:  # computes, holds for lack of another computation, computes
+                    fast(*first, **keywords)
+            steps[rule] = partial(_again, fast, fast._threads.own.runs, args, kwargs)
         with torch.no_grad():
             times = interleaved(steps, repeats, warmup=3)
         cost, low, high = difference(times["linear"], times["hold"], times["original"])
         medians = {f"{step}_ms": 1000 * timing.median for step, timing in times.items()}
         label = Choice(schedule, 2).label
-        rows.append({"denoiser": name, "mask": label, **medians, "cost": cost, "low": low, "high": high})
-    return rows
+        found.append({"denoiser": of.name, "mask": label, **medians, "cost": cost, "low": low, "high": high})
+    return found
 
 
-def _again(fast: mc.OptimizedDenoiser, runs: Any, sample: Tensor, timestep: Tensor, kwargs: dict[str, Any]) -> None:
+def _again(fast: mc.OptimizedDenoiser, runs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same step of the same run once more."""
     fast._threads.own.runs = runs
-    fast(sample, timestep, **kwargs)
+    fast(*args, **kwargs)
 
 
 def rule_table(rows: list[dict[str, Any]]) -> str:
@@ -145,55 +163,74 @@ def rule_table(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    on_gpu = any(r["peak_mib"] is not None for r in rows)
     lines = [
-        "| denoiser | variant | MACs kept | ms a step | spread | over eager | over torch.compile | realised share |",
-        "|" + "---|" * 8,
+        "| denoiser | variant | MACs kept | ms a step | over eager | over torch.compile | spread | realised share | cache MiB |"
+        + (" peak MiB |" if on_gpu else ""),
+        "|" + "---|" * (10 if on_gpu else 9),
     ]
     for r in rows:
-        share = "" if r["share"] is None else f"{r['share']:.1%}"
-        realised = "" if r["realised_share"] is None else f"{r['realised_share']:.3f}"
+        optional = {
+            "share": "{:.1%}",
+            "spread": "{:.0%}",
+            "realised_share": "{:.3f}",
+            "cache_mib": "{:.1f}",
+            "peak_mib": "{:.0f}",
+        }
+        said = {name: "" if r[name] is None else form.format(r[name]) for name, form in optional.items()}
         lines.append(
-            f"| {r['denoiser']} | {r['variant']} | {share} | {r['ms_a_step']:.1f} | {r['spread']:.0%} "
-            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {realised} |"
+            f"| {r['denoiser']} | {r['variant']} | {said['share']} | {r['ms_a_step']:.1f} "
+            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {said['spread']} | {said['realised_share']} "
+            f"| {said['cache_mib']} |" + (f" {said['peak_mib']} |" if on_gpu else "")
         )
     return "\n".join(lines)
 
 
-def _order(row: dict[str, Any]) -> int:
-    return list(SCHEDULES).index(row["denoiser"])
+def report(document: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown of ``latency.json``."""
+    parts = ["# Latency"]
+    for setting in dict.fromkeys(row["setting"] for row in document["rows"]):
+        of_setting = {kind: [row for row in found if row["setting"] == setting] for kind, found in document.items()}
+        parts += [table(of_setting["rows"]), "What extrapolating costs:", rule_table(of_setting["rule"]), setting]
+    missing = "" if any(row["peak_mib"] is not None for row in document["rows"]) else " No GPU table has been made yet."
+    return (
+        "\n\n".join(parts) + f"\nOver torch.compile: in the mode of the row. Made by `python -m benchmarks.latency`.{missing}\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--denoisers", nargs="+", default=["unet", "dit"], choices=list(BATCH))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16, help="pictures")
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--backend", default="inductor")
-    parser.add_argument("--denoisers", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="torch")
-    rows = [
-        row
-        for name in options.denoisers
-        for row in measure(name, options.steps, options.batch, options.repeats, options.backend)
-    ]
-    rule = [row for name in options.denoisers for row in rule_cost(name, options.batch, 20 * options.repeats, options.backend)]
     setting = (
-        f"{options.steps} steps, batch {options.batch} pictures, float32, backend {options.backend}, static shapes; "
-        f"{hardware(device='cpu')}; "
-        f"median of {options.repeats} interleaved rounds after one warm-up round, spread = (max - min) / median."
+        f"{options.steps} steps, batch {options.batch} pictures, {options.dtype}, backend {options.backend}, static shapes; "
+        f"{hardware(device=options.device)}; "
+        f"medians of {options.repeats} rounds after one warm-up round, in which the variants take turns every "
+        f"{options.steps / PARTS:g} steps; spread: of the speed-up over torch.compile, (max - min) / median of the rounds."
     )
-    if (options.out / "latency.json").exists():
-        known = json.loads((options.out / "latency.json").read_text())
-        if known["setting"] == setting:
-            kept = [[row for row in known[kind] if row["denoiser"] not in options.denoisers] for kind in ("rows", "rule")]
-            rows, rule = (sorted([*old, *new], key=_order) for old, new in zip(kept, (rows, rule), strict=True))
-    tables = f"{table(rows)}\n\nWhat extrapolating costs:\n\n{rule_table(rule)}"
-    text = f"# Latency\n\n{tables}\n\n{setting}\nMade by `python -m benchmarks.latency`. No GPU table has been made yet.\n"
+    path = options.out / "latency.json"
+    document: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {"rows": [], "rule": []}
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.denoisers:
+        of = case(name, options.steps, options.batch, options.device, getattr(torch, options.dtype))
+        new = {
+            "rows": measure(of, options.repeats, options.backend),
+            "rule": rule_cost(of, 20 * options.repeats, options.backend),
+        }
+        for kind, found in new.items():
+            document[kind] = [r for r in document[kind] if (r["denoiser"], r["setting"]) != (name, setting)]
+            document[kind] += [{"setting": setting, **row} for row in found]
+        write_whole(path, json.dumps(document, indent=1) + "\n")
+    text = report(document)
     write_whole(options.out / "latency.md", text)
-    write_whole(options.out / "latency.json", json.dumps({"setting": setting, "rows": rows, "rule": rule}, indent=1) + "\n")
     print(text)
 
 

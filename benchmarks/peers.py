@@ -45,7 +45,7 @@ from benchmarks import rows
 from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
 from benchmarks.masks import SCHEDULES, Choice
 from benchmarks.rivals import RIVALS, Restart, Setting, as_found
-from benchmarks.timing import Timing, hardware, interleaved, ratio, synchronise
+from benchmarks.timing import Timing, hardware, in_parts, interleaved, ratio, ratio_spread, synchronise
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +53,13 @@ RESULTS = Path(__file__).parent / "results"
 ORIGINAL = "original"
 #: our variants: the schedule held, extrapolated, and attention alone at the schedule's interval, which is what PAB reuses
 OURS = {"hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone"}
+#: turns of a process within a round
+PARTS = 4
+#: how times are taken
+TIMED = (
+    f"in each of which a process has {PARTS} turns, to run the next of as many parts of the run; spread: of the speed-up over "
+    "eager, (max - min) / median of the rounds"
+)
 #: modes of ``torch.compile`` that record CUDA graphs; ours records its own in the rows compared with these, and in no other
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 #: thresholds to choose from
@@ -137,7 +144,8 @@ def installed(of: Case, variant: Variant) -> Iterator[tuple[Callable[..., Any], 
 def counted(of: Case, denoiser: Callable[..., Any]) -> int:
     """MACs that a run really computes."""
     with FlopCounterMode(display=False) as counter:
-        calls(of, denoiser)
+        for call in calls(of, denoiser):
+            call()
     return int(counter.get_total_flops()) // 2
 
 
@@ -281,7 +289,7 @@ def ready_to_run(
     """
     if not variant.compiled:
         denoiser, restart = stack.enter_context(installed(of, variant))
-        return partial(calls, of, denoiser), restart, {}
+        return in_parts(calls(of, denoiser), PARTS), restart, {}
     options: dict[str, Any] = {} if variant.compiled == "default" else {"mode": variant.compiled}
     if variant.method in OURS:
         fast = optimised(of, variant.method, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
@@ -295,7 +303,7 @@ def ready_to_run(
     outputs += run(of, denoiser)
     if expected is None:
         expected = eager_results(of, variant)
-    return partial(calls, of, denoiser), restart, {"note": differing(variant, outputs, expected * 2)}
+    return in_parts(calls(of, denoiser), PARTS), restart, {"note": differing(variant, outputs, expected * 2)}
 
 
 def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads: int) -> None:
@@ -311,14 +319,14 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
             return
         execute, restart, said = ready_to_run(setup.case(), setup, variant, stack)
         restart()
-        execute()
-        pipe.send(said)
-        while pipe.recv():
-            restart()
-            synchronise()
-            pipe.send(True)
-            pipe.recv()
+        for _ in range(PARTS):
             execute()
+        pipe.send(said)
+        for starts_anew in iter(pipe.recv, None):
+            if starts_anew:
+                restart()
+            else:
+                execute()
             synchronise()
             pipe.send(True)
     except EOFError:  # the other side has ended
@@ -351,7 +359,7 @@ class Process:
         self.pipe.recv()
 
     def run(self) -> None:
-        self.pipe.send(True)
+        self.pipe.send(False)
         self.pipe.recv()
 
     def end(self) -> None:
@@ -409,14 +417,17 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
         processes = [pair for pairs in progress for pair in pairs]
     ready = {variant: process for variant, process in processes if "error" not in process.said}
     try:
-        times = interleaved(
-            {v.label: p.run for v, p in ready.items()}, repeats, prepare={v.label: p.prepare for v, p in ready.items()}
-        )
+        prepare = {v.label: p.prepare for v, p in ready.items()}
+        times = interleaved({v.label: p.run for v, p in ready.items()}, repeats, prepare=prepare, parts=PARTS)
     finally:
         for process in ready.values():
             process.end()
     said = [(variant, process.said) for variant, process in processes]
-    return {"hardware": hardware(device=setup.device), "variants": best_of_ways(setup.steps, methods, said, times)}
+    return {
+        "hardware": hardware(device=setup.device),
+        "timed": TIMED,
+        "variants": best_of_ways(setup.steps, methods, said, times),
+    }
 
 
 def best_of_ways(
@@ -453,8 +464,9 @@ def best_of_ways(
         ]
         notes = [f"{v.how}: {s['note']}" for v, s in tried if s.get("note")]
         row |= {"how": fastest.how, "attempts": failed + slower + notes}
-        row |= {"ms": 1000 * timing.median / steps, "spread": timing.spread}
-        row["over_eager"] = ratio(times[best[ORIGINAL, ""].label], timing)
+        eager = times[best[ORIGINAL, ""].label]
+        row |= {"ms": 1000 * timing.median / steps, "over_eager": ratio(eager, timing)}
+        row["spread"] = None if timing is eager else ratio_spread(eager, timing)
         by_default, alike = best.get((ORIGINAL, "default")), best.get((ORIGINAL, mode))
         row["over_compiled"] = ratio(times[by_default.label], timing) if by_default else None
         row["realised_share"] = ratio(times[alike.label], timing) * row["share"] if alike and method != ORIGINAL else None
@@ -484,7 +496,7 @@ def label(denoiser: str, row: dict[str, Any]) -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for each variant that ran, and lines on what did not."""
     lines = [
-        "| denoiser | method | compiled | MACs | ms a step | spread | over eager | over torch.compile | realised share "
+        "| denoiser | method | compiled | MACs | ms a step | over eager | spread | over torch.compile | realised share "
         "| kept MiB | PSNR dB |",
         "|" + "---|" * 11,
     ]
@@ -502,7 +514,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 return "" if row.get(key) is None else format(row[key], form)
 
             how = row["how"] + ("" if row["compiled"] in ("", "default") else f", {row['compiled']}")
-            cells = [shown("share", ".1%"), shown("ms", ".1f"), shown("spread", ".0%"), shown("over_eager", ".2f") + "x"]
+            cells = [shown("share", ".1%"), shown("ms", ".1f"), shown("over_eager", ".2f") + "x", shown("spread", ".0%")]
             cells += [shown("over_compiled", ".2f") + "x", shown("realised_share", ".3f")]
             cells += [shown("kept_mib", ".1f"), shown("psnr", ".1f")]
             lines.append(f"| {' | '.join([result['denoiser'], name, how, *cells])} |")
@@ -551,8 +563,8 @@ def document(found: dict[str, Any]) -> str:
         pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
         setting = (
             f"{machine}; {found['device']}, {found['dtype']}, backend {found['backend']}; {found['steps']} steps, "
-            f"batches of pictures: {pictures}; median of {found['repeats']} interleaved rounds after one warm-up round, "
-            "spread = (max - min) / median."
+            f"batches of pictures: {pictures}; medians of {found['repeats']} rounds after one warm-up round, "
+            f"{' or '.join(dict.fromkeys(row['timed'] for row in results))}."
         )
         parts += [table(results), setting]
     return "\n\n".join(parts) + "\nMade by `python -m benchmarks.peers`.\n"

@@ -21,9 +21,9 @@ NAMES = {"unet": "UNet", "dit": "DiT"}
 def write(out: Path) -> None:
     """``quality.md`` and ``quality.png`` from ``quality.json`` and, where there is one, ``latency.json``."""
     document = json.loads((out / "quality.json").read_text())
-    latency = json.loads((out / "latency.json").read_text()) if (out / "latency.json").exists() else {"rows": []}
+    timed = json.loads((out / "latency.json").read_text())["rows"] if (out / "latency.json").exists() else []
     rows = merged(document["rows"])
-    speed = {(r["denoiser"], r["variant"]): r["over_compiled"] for r in latency["rows"]}
+    speed = {(r["denoiser"], r["variant"]): r["over_compiled"] for r in timed if r["setting"] == timed[0]["setting"]}
     write_whole(out / "quality.md", report(document, rows, speed))
     if speed:
         draw(rows, speed, out / "quality.png")

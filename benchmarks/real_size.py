@@ -1,11 +1,11 @@
 """Speed of the paper's denoisers at real size, with random weights: ``python -m benchmarks.real_size``.
 
 A mask's speed does not depend on the weights. For each row of ``benchmarks.models`` that ``MASKS`` names: eager,
-``torch.compile`` of the original, and the mask, compiled alike; the denoiser's calls of one sampling run each, interleaved, one
-picture a call (both halves of a guided one). A schedule that repeats itself is timed over a short run of the row's sampler,
-L2C's published masks of DiT-XL/2 over the run that they were learned for. The realised share is (speed-up over the compiled
-original) / (MACs before / MACs after). Writes ``real_size.json`` and ``real_size.md``, a table for each machine, and goes on
-with the rows that this machine has not measured yet.
+``torch.compile`` of the original, and the mask, compiled alike; the denoiser's calls of one sampling run each, in turn step by
+step, one picture a call (both halves of a guided one). A schedule that repeats itself is timed over a short run of the row's
+sampler, L2C's published masks of DiT-XL/2 over the run that they were learned for. The realised share is (speed-up over the
+compiled original) / (MACs before / MACs after). Writes ``real_size.json`` and ``real_size.md``, a table for each machine, and
+goes on with the rows that this machine has not measured yet.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from torch.utils import _pytree as pytree
 import maskcompile as mc
 from benchmarks import rows
 from benchmarks.models import Inputs, row_named
-from benchmarks.timing import hardware, interleaved, ratio
+from benchmarks.timing import hardware, in_parts, interleaved, ratio, ratio_spread
 from maskcompile.files import write_whole
 from maskcompile.mask import steps_of
 
 RESULTS = Path(__file__).parent / "results"
+#: how ``measure`` takes times
+TIMED = "in which the three take turns at every step; spread: of the speed-up over torch.compile, (max - min) / median of them"
 ROUTERS = Path(__file__).parent.parent / "tests" / "maskcompile" / "data"
 
 
@@ -120,40 +123,36 @@ def measure(trial: Trial, repeats: int, device: str, dtype: torch.dtype, backend
     fast.warmup(*args, **kwargs)
 
     def run_of(denoiser: Callable[..., Any]) -> Callable[[], None]:
-        def run() -> None:
-            for args, kwargs in calls:
-                denoiser(*args, **kwargs)
-
-        return run
+        return in_parts([partial(denoiser, *args, **kwargs) for args, kwargs in calls], len(calls))
 
     variants = {"eager": model, "compiled": original, "ours": fast}
+    runs = {name: run_of(denoiser) for name, denoiser in variants.items()}
     with torch.no_grad():
         for denoiser in variants.values():
             denoiser(*args, **kwargs)
-        times = interleaved({name: run_of(v) for name, v in variants.items()}, repeats, warmup=0, prepare={"ours": fast.reset})
+        times = interleaved(runs, repeats, warmup=0, prepare={"ours": fast.reset}, parts=len(calls))
     cost = mc.cost(program, mask)
     speedup = ratio(times["compiled"], times["ours"])
     return {
         "title": row.title, "mask": trial.label, "steps": len(calls), "gmacs": program.macs / 1e9, "share": cost.share,
         "graphs": cost.graphs, "seconds": {name: timing.median / len(calls) for name, timing in times.items()},
-        "spread": {name: timing.spread for name, timing in times.items()},
+        "spread": ratio_spread(times["compiled"], times["ours"]),
         "over_eager": ratio(times["eager"], times["ours"]), "over_compiled": speedup, "realised_share": speedup * cost.share,
     }  # fmt: skip
 
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
-        "| row | mask | steps timed | GMACs a call | MACs kept | s a step: eager / torch.compile / ours | spread | over eager "
-        "| over torch.compile | of the MACs | realised share | graphs |",
+        "| row | mask | steps timed | GMACs a call | MACs kept | s a step: eager / torch.compile / ours | over eager "
+        "| over torch.compile | spread | of the MACs | realised share | graphs |",
         "|" + "---|" * 12,
     ]
     for r in found:
-        seconds, spread = r["seconds"], r["spread"]
+        seconds, ideal = r["seconds"], 1 / r["share"]
         lines.append(
             f"| {r['row']}: {r['title']} | {r['mask']} | {r['steps']} | {r['gmacs']:.1f} | {r['share']:.1%} "
-            f"| {seconds['eager']:.3g} / {seconds['compiled']:.3g} / {seconds['ours']:.3g} | {max(spread.values()):.0%} "
-            f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {1 / r['share']:.3f}x | {r['realised_share']:.3f} "
-            f"| {r['graphs']} |"
+            f"| {seconds['eager']:.3g} / {seconds['compiled']:.3g} / {seconds['ours']:.3g} | {r['over_eager']:.2f}x "
+            f"| {r['over_compiled']:.3f}x | {r['spread']:.0%} | {ideal:.3f}x | {r['realised_share']:.3f} | {r['graphs']} |"
         )
     return "\n".join(lines)
 
@@ -168,9 +167,9 @@ def document(found: dict[str, Any]) -> str:
         parts += [
             table(results),
             f"Random weights, one picture a call (both halves of a guided one), {found['dtype']}, backend {found['backend']}; "
-            f"{machine}; medians of {found['repeats']} interleaved rounds, spread = (max - min) / median, the largest of "
-            "the three. Of the MACs: MACs before / after. Compiled calls are warmed by a first step, so that graphs that reuse "
-            "run in the first round for the first time; each row in a process of its own.",
+            f"{machine}; medians of {found['repeats']} rounds, {' or '.join(dict.fromkeys(row['timed'] for row in results))}. "
+            "Of the MACs: MACs before / after. Compiled calls are warmed by a first step, so that graphs that reuse run in the "
+            "first round for the first time; each row in a process of its own.",
         ]
     return "\n\n".join(parts) + "\nMade by `python -m benchmarks.real_size`.\n"
 
@@ -201,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         dtype = getattr(torch, options.dtype)
         figures = apart(trial, options.repeats, options.device, dtype, options.backend)
-        rows.add(path, {"key": key, "row": trial.row, "hardware": machine, **figures})
+        rows.add(path, {"key": key, "row": trial.row, "hardware": machine, "timed": TIMED, **figures})
         print(key, figures, flush=True)
     text = document(json.loads(path.read_text()))
     write_whole(options.out / "real_size.md", text)

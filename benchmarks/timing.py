@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -35,28 +36,59 @@ def interleaved(
     repeats: int,
     warmup: int = 1,
     prepare: dict[str, Callable[[], Any]] | None = None,
+    parts: int = 1,
 ) -> dict[str, Timing]:
     """Run the variants in turn, ``repeats`` times over after ``warmup`` rounds, so that drift meets all of them alike.
 
-    prepare: what to do before a variant's turn, outside the time taken.
+    prepare: what to do before a variant's turn, outside the time taken. parts: calls that make a variant's run, in which the
+    variants take turns within a round: where a machine's speed drifts by the second, what is compared has to be close by.
     """
     prepare = prepare or {}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
     for turn in tqdm(range(-warmup, repeats), desc="timing", delay=2, leave=False, disable=None):
-        for name, run in variants.items():
-            prepare.get(name, lambda: None)()
-            synchronise()
-            start = time.perf_counter()
-            run()
-            synchronise()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+        taken = dict.fromkeys(variants, 0.0)
+        for part in range(parts):
+            for name in order:
+                if part == 0:
+                    prepare.get(name, lambda: None)()
+                synchronise()
+                start = time.perf_counter()
+                variants[name]()
+                synchronise()
+                taken[name] += time.perf_counter() - start
+            order = [*order[1:], order[0]] if parts > 1 else order  # nobody always follows the same one
+        for name, time_taken in taken.items() if turn >= 0 else ():
+            seconds[name].append(time_taken)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def in_parts(steps: Sequence[Callable[[], Any]], parts: int) -> Callable[[], None]:
+    """Executes the next of ``parts`` parts of a run at every call, and begins anew after the last. parts: at most the steps."""
+    bounds = [len(steps) * part // parts for part in range(parts + 1)]
+    ranges = cycle(pairwise(bounds))
+
+    def execute() -> None:
+        begin, end = next(ranges)
+        for step in steps[begin:end]:
+            step()
+
+    return execute
 
 
 def ratio(baseline: Timing, ours: Timing) -> float:
     """How many times faster: the median over the rounds of baseline / ours within one round."""
-    return median(b / o for b, o in zip(baseline.seconds, ours.seconds, strict=True))
+    return median(_ratios(baseline, ours))
+
+
+def ratio_spread(baseline: Timing, ours: Timing) -> float:
+    """(largest - smallest) / median of those. How far a speed-up is to be trusted: what slows both is not in it."""
+    ratios = _ratios(baseline, ours)
+    return (max(ratios) - min(ratios)) / median(ratios)
+
+
+def _ratios(baseline: Timing, ours: Timing) -> list[float]:
+    return [b / o for b, o in zip(baseline.seconds, ours.seconds, strict=True)]
 
 
 def difference(ours: Timing, other: Timing, baseline: Timing) -> tuple[float, float, float]:

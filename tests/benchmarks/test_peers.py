@@ -267,7 +267,7 @@ def test_all_of_it():
 def test_machines_have_tables_of_their_own():
     row = {"method": ORIGINAL, "compiled": "", "how": "eager", "over_eager": 1.0, "over_compiled": 0.5}
     machines = {"unet": "one machine", "dit": "another", "sd": "one machine"}
-    results = [{"denoiser": n, "pictures": 2, "hardware": h, "variants": [row]} for n, h in machines.items()]
+    results = [{"denoiser": n, "pictures": 2, "hardware": h, "timed": "so", "variants": [row]} for n, h in machines.items()]
     first, second = document({"rows": results, **dict.fromkeys(SETTINGS, "")}).split("another")[0].split("one machine")
     assert ("| unet |" in first, "| sd |" in first, "| dit |" in first) == (True, True, False)
     assert "| dit |" in second

@@ -67,7 +67,9 @@ def test_the_report_by_hand(tmp_path):
     document = {"setting": "", "pictures": 1, "frechet_pictures": 1, "features": "classifier", "rows": rows}
     (tmp_path / "quality.json").write_text(json.dumps(document))
     speeds = {f"{two}, hold": 1.8, f"{two}, linear": 1.75, f"{three}, hold": 2.6, f"{three}, linear": 2.5}
-    latency = {"rows": [{"denoiser": "dit", "variant": v, "over_compiled": s} for v, s in speeds.items()]}
+    timed = [{"setting": "here", "denoiser": "dit", "variant": v, "over_compiled": s} for v, s in speeds.items()]
+    timed.append({**timed[0], "setting": "elsewhere", "over_compiled": 9.0})
+    latency = {"rows": timed}
     (tmp_path / "latency.json").write_text(json.dumps(latency))
     quality_report.write(tmp_path)
     text = (tmp_path / "quality.md").read_text()
