@@ -33,8 +33,10 @@ SCHEDULES = {"unet": Choice("deepcache", 3, reuse="linear"), "dit": Choice("unif
 
 @dataclass(frozen=True)
 class Row:
-    """One denoiser in the table. ms: median of a step, over whole runs. spread: of the
-    speed-up over torch.compile between rounds, (max - min) / median."""
+    """One denoiser in the table.
+
+    ms: median of a step, over whole runs. spread: of the speed-up over torch.compile between runs, (max - min) / median.
+    """
 
     denoiser: str
     schedule: str
@@ -174,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
     caption = (
         f"{options.steps} DDIM steps, batch {options.batch}, float32, {options.backend}; {hardware()}; "
-        f"median of {options.repeats} interleaved runs."
+        f"medians of {options.repeats} interleaved runs; spread: of the speed-up over torch.compile, (max - min) / median."
     )
     text = f"{table(rows)}\n\n{caption}\n"
     write_whole(options.out / "table.md", text)

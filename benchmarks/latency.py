@@ -1,13 +1,13 @@
 """Speed beside ``torch.compile``, as ratios within one run: ``python -m benchmarks.latency``.
 
 For each denoiser: eager, ``torch.compile`` of the original, the all-ones mask, and published masks under both reuse rules, put
-together from compiled regions, all compiled alike; two of the masks also as whole graphs, under backend "eager", and in the
-other modes of ``torch.compile`` beside the original in that mode (on a GPU one of them replays CUDA graphs, in no other row).
-The denoiser calls of one sampling run each; the variants take turns every few steps. For the DiT also diffusers' TaylorSeer
-hook, which cannot be compiled whole and runs as it is. The realised share is (speed-up over the compiled original) / (MACs
-before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added. What the linear rule
-costs is measured step against step: one that extrapolates beside the same one that holds, as a share of a step of the compiled
-original.
+together from compiled regions, all compiled alike; two of the masks also as whole graphs, under backend "eager", and in further
+modes of ``torch.compile`` beside the original in that mode (CUDA graphs in the rows of "reduce-overhead" alone, on a GPU). The
+denoiser calls of one sampling run each; on a CPU the variants take turns every few steps. For the DiT also diffusers'
+TaylorSeer hook, which cannot be compiled whole and runs as it is. The realised share is (speed-up over the compiled original)
+/ (MACs before / MACs after): 1 means that every MAC the mask removes is time saved, less that something was added. What the
+linear rule costs is measured step against step: one that extrapolates beside the same one that holds, each after a full step,
+as a share of a step of the compiled original.
 
 Writes ``latency.json`` and ``latency.md``, a table for each machine and setting; what is measured again is replaced.
 """
@@ -36,7 +36,7 @@ from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
-#: turns of a variant within a round
+#: turns of a variant within a round on a CPU; a GPU would be idle at the end of each
 PARTS = 10
 #: further modes of ``torch.compile``, and whether ours records CUDA graphs then; the last on a GPU only
 MODES = {"max-autotune-no-cudagraphs": False, "reduce-overhead": True}
@@ -45,7 +45,7 @@ MODES = {"max-autotune-no-cudagraphs": False, "reduce-overhead": True}
 def measure(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
     """A row for every variant."""
     args, kwargs = of.calls[0]
-    on_gpu = of.start.is_cuda
+    on_gpu, parts = of.start.is_cuda, parts_of(of)
     program = mc.trace(of.denoiser, *args, **kwargs)
     chosen = choices(of.name)
     masks = {"all ones": mc.Mask.full(program.names, of.timesteps)}
@@ -67,11 +67,13 @@ def measure(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
         variants[f"torch.compile, {mode}"] = compiled(mode=mode)
         beside[f"torch.compile, {mode}"] = "torch.compile"
     for (name, options), label in product(further.items(), few):
-        mask, label = masks[label], f"{label}, {name}"
-        variants[label], shown[label] = ours(mask, **options), mask
-        beside[label] = f"torch.compile, {name}" if name in MODES else "torch.compile"
+        named = f"{label}, {name}"
+        variants[named], shown[named] = ours(masks[label], **options), masks[label]
+        beside[named] = f"torch.compile, {name}" if name in MODES else "torch.compile"
+    uncompiled = {label for label in shown if label.endswith(", backend eager")}
+    replayed = {label for label in variants for mode, replays in MODES.items() if replays and label.endswith(f", {mode}")}
 
-    runs: dict[str, Callable[[], Any]] = {v: in_parts(calls(of, denoiser), PARTS) for v, denoiser in variants.items()}
+    runs: dict[str, Callable[[], Any]] = {v: in_parts(calls(of, denoiser), parts) for v, denoiser in variants.items()}
     prepared: dict[str, Callable[[], Any]] = {}
     for label in shown:
         fast = variants[label]
@@ -84,9 +86,9 @@ def measure(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
             label = f"TaylorSeer hook, order {order}, uniform(interval={interval})"
             hook = taylorseer_hook(hooked, BLOCKS[of.name], interval, order, dtype=of.start.dtype)
             prepared[label] = hooks.enter_context(hook)
-            runs[label], beside[label] = in_parts(calls(of, hooked), PARTS), "torch.compile"
-        times = interleaved(runs, repeats, prepare=prepared, parts=PARTS)
-        peaks = {label: peak(run, prepared.get(label)) for label, run in runs.items()} if on_gpu else {}
+            runs[label], beside[label] = in_parts(calls(of, hooked), parts), "torch.compile"
+        times = interleaved(runs, repeats, prepare=prepared, parts=parts)
+        added = {v: added_memory(runs[v], prepared.get(v)) for v in runs.keys() - replayed} if on_gpu else {}
     found = []
     for label, timing in times.items():
         cost = mc.cost(program, shown[label]) if label in shown else None
@@ -97,26 +99,31 @@ def measure(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
                 "variant": label,
                 "share": None if cost is None else cost.share,
                 "cache_mib": None if cost is None else cost.peak_cache_bytes / 2**20,
-                "peak_mib": peaks.get(label),
+                "added_mib": added.get(label),
                 "ms_a_step": 1000 * timing.median / of.steps,
                 "spread": None if label == beside[label] else ratio_spread(times[beside[label]], timing),
                 "over_eager": ratio(times["eager"], timing),
                 "over_compiled": speedup,
-                "realised_share": None if cost is None or label.endswith("backend eager") else speedup * cost.share,
+                "realised_share": None if cost is None or label in uncompiled else speedup * cost.share,
             }
         )
     return found
 
 
-def peak(run: Callable[[], Any], prepare: Callable[[], Any] | None) -> float:
-    """MiB of GPU memory that a run takes at most, weights included."""
+def parts_of(of: Case) -> int:
+    """Turns of a variant within a round."""
+    return 1 if of.start.is_cuda else min(PARTS, of.steps)
+
+
+def added_memory(run: Callable[[], Any], prepare: Callable[[], Any] | None) -> float:
+    """MiB of GPU memory that a run, in one part, takes at most beside what is taken before it, the weights among that."""
     if prepare is not None:
         prepare()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(PARTS):
-        run()
+    run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def rule_cost(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
@@ -126,7 +133,8 @@ def rule_cost(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
     found = []
     for schedule in dict.fromkeys(schedule for schedule, _ in SCHEDULES[of.name]):
         args, kwargs = of.calls[3]
-        steps: dict[str, Callable[[], Any]] = {"original": partial(original, *args, **kwargs)}
+        whole_step = partial(original, *args, **kwargs)
+        steps: dict[str, Callable[[], Any]] = {"original": whole_step}
         for rule in ("hold", "linear"):
             mask = Choice(schedule, 2, reuse=rule).mask(program, of)
             fast = mc.optimize(of.denoiser, mask, backend=backend, cuda_graphs=False)
@@ -135,7 +143,8 @@ def rule_cost(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
                     fast(*first, **keywords)
             steps[rule] = partial(_again, fast, fast._threads.own.runs, args, kwargs)
         with torch.no_grad():
-            times = interleaved(steps, repeats, warmup=3)
+            # Each after a full step, as in a run, with what that leaves in the processor's caches.
+            times = interleaved(steps, repeats, warmup=3, prepare=dict.fromkeys(steps, whole_step))
         cost, low, high = difference(times["linear"], times["hold"], times["original"])
         medians = {f"{step}_ms": 1000 * timing.median for step, timing in times.items()}
         label = Choice(schedule, 2).label
@@ -163,25 +172,19 @@ def rule_table(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    on_gpu = any(r["peak_mib"] is not None for r in rows)
+    on_gpu = any(r["added_mib"] is not None for r in rows)
     lines = [
         "| denoiser | variant | MACs kept | ms a step | over eager | over torch.compile | spread | realised share | cache MiB |"
-        + (" peak MiB |" if on_gpu else ""),
+        + (" MiB added in a run |" if on_gpu else ""),
         "|" + "---|" * (10 if on_gpu else 9),
     ]
     for r in rows:
-        optional = {
-            "share": "{:.1%}",
-            "spread": "{:.0%}",
-            "realised_share": "{:.3f}",
-            "cache_mib": "{:.1f}",
-            "peak_mib": "{:.0f}",
-        }
-        said = {name: "" if r[name] is None else form.format(r[name]) for name, form in optional.items()}
+        forms = {"share": ".1%", "spread": ".0%", "realised_share": ".3f", "cache_mib": ".1f", "added_mib": ".0f"}
+        said = {name: "" if r[name] is None else format(r[name], form) for name, form in forms.items()}
         lines.append(
             f"| {r['denoiser']} | {r['variant']} | {said['share']} | {r['ms_a_step']:.1f} "
             f"| {r['over_eager']:.2f}x | {r['over_compiled']:.3f}x | {said['spread']} | {said['realised_share']} "
-            f"| {said['cache_mib']} |" + (f" {said['peak_mib']} |" if on_gpu else "")
+            f"| {said['cache_mib']} |" + (f" {said['added_mib']} |" if on_gpu else "")
         )
     return "\n".join(lines)
 
@@ -191,18 +194,26 @@ def report(document: dict[str, list[dict[str, Any]]]) -> str:
     parts = ["# Latency"]
     for setting in dict.fromkeys(row["setting"] for row in document["rows"]):
         of_setting = {kind: [row for row in found if row["setting"] == setting] for kind, found in document.items()}
-        parts += [table(of_setting["rows"]), "What extrapolating costs:", rule_table(of_setting["rule"]), setting]
-    missing = "" if any(row["peak_mib"] is not None for row in document["rows"]) else " No GPU table has been made yet."
-    return (
-        "\n\n".join(parts) + f"\nOver torch.compile: in the mode of the row. Made by `python -m benchmarks.latency`.{missing}\n"
-    )
+        parts += [table(of_setting["rows"]), setting]
+        parts += ["What extrapolating costs, in single steps, each after a full one:", rule_table(of_setting["rule"])]
+    made = "Over torch.compile: ours in a further mode over the original in that mode, all else over the default mode."
+    if all(row["added_mib"] is None for row in document["rows"]):
+        made += " No GPU table has been made yet."
+    return "\n\n".join([*parts, f"{made} Made by `python -m benchmarks.latency`."]) + "\n"
+
+
+def with_new(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with those of a denoiser at a setting replaced, or added at the end."""
+    same = [(row["denoiser"], row["setting"]) == (new[0]["denoiser"], new[0]["setting"]) for row in rows]
+    at = same.index(True) if any(same) else len(rows)
+    return [*rows[:at], *new, *(row for row, replaced in zip(rows[at:], same[at:], strict=True) if not replaced)]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--denoisers", nargs="+", default=["unet", "dit"], choices=list(BATCH))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=16, help="pictures")
+    parser.add_argument("--batch", type=int, help="pictures; default: as in benchmarks.peers")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--device", default="cpu")
@@ -210,28 +221,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="torch")
-    setting = (
-        f"{options.steps} steps, batch {options.batch} pictures, {options.dtype}, backend {options.backend}, static shapes; "
-        f"{hardware(device=options.device)}; "
-        f"medians of {options.repeats} rounds after one warm-up round, in which the variants take turns every "
-        f"{options.steps / PARTS:g} steps; spread: of the speed-up over torch.compile, (max - min) / median of the rounds."
-    )
     path = options.out / "latency.json"
     document: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {"rows": [], "rule": []}
+    if "setting" in document:
+        raise SystemExit(f"{path} was made by an older version; give another --out.")
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.denoisers:
         of = case(name, options.steps, options.batch, options.device, getattr(torch, options.dtype))
+        setting = (
+            f"{of.steps} steps, batch {len(of.start)} pictures, {options.dtype}, backend {options.backend}, static shapes; "
+            f"{hardware(device=options.device)}; medians of {options.repeats} rounds, in each of which a variant has "
+            f"{parts_of(of)} turns, after one to warm up; spread: of the speed-up over torch.compile, (max - min) / median of "
+            "the rounds."
+        )
         new = {
             "rows": measure(of, options.repeats, options.backend),
             "rule": rule_cost(of, 20 * options.repeats, options.backend),
         }
         for kind, found in new.items():
-            document[kind] = [r for r in document[kind] if (r["denoiser"], r["setting"]) != (name, setting)]
-            document[kind] += [{"setting": setting, **row} for row in found]
+            document[kind] = with_new(document[kind], [{"setting": setting, **row} for row in found])
         write_whole(path, json.dumps(document, indent=1) + "\n")
-    text = report(document)
-    write_whole(options.out / "latency.md", text)
-    print(text)
+        write_whole(options.out / "latency.md", report(document))
+    print(report(document))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def report(document: Row, rows: list[Row]) -> str:
         f"masks are the best, by {pictures['choosing']} of these very pictures, of all intervals and numbers of warm-up steps "
         "that keep at most the budget and 0.01, and at least three quarters of it. The search, but for the fit, spent "
         f"{document['passes']:g} sampling passes, half as many at 100 steps. "
-        f"{document['setting']}; {machines(document['rows'])}. "
+        f"{document['setting']}; {machines(rows)}. "
         "Made by `python -m benchmarks.learning`. A dash: not measured, or there is none.",
     ]
     for steps in sorted({row["steps"] for row in rows}):
@@ -71,10 +71,10 @@ def report(document: Row, rows: list[Row]) -> str:
 
 def machines(rows: list[Row]) -> str:
     """What the rows were measured on, the most first."""
-    counts = Counter(row["hardware"] for row in rows)
-    if len(counts) == 1:
-        return str(*counts)
-    return "; ".join(f"{count} of the {len(rows)} measurements on {name}" for name, count in counts.most_common())
+    counts = Counter(row["hardware"] for row in rows).most_common()
+    if len(counts) < 2:
+        return counts[0][0] if counts else "nothing is measured yet"
+    return " and ".join(f"{count} of {len(rows)} measurements on {name}" for name, count in counts)
 
 
 def found(rows: list[Row], **wanted: Any) -> Row | None:

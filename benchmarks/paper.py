@@ -307,7 +307,8 @@ def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: 
     original, masked = timed["original_ms_a_picture"], timed["masked_ms_a_picture"]
     caption = (
         f"{options.images} pictures of {size} x {size}, batch {options.batch}, {options.dtype}, backend {options.backend}; "
-        f"{original:.4g} and {masked:.4g} ms a picture without the decoder, medians of {timed['repeats']} interleaved runs; "
+        f"{original:.4g} and {masked:.4g} ms a picture without the decoder, medians of {timed['repeats']} interleaved runs "
+        f"(spread: of the speed-up); "
         f"{timed['graphs']} graphs, cache {timed['cache_mib']:.1f} MiB; {timed['hardware']}. MACs are of one picture"
         f"{', a step of one half of guidance, a run of both' if row.guidance else ''}."
     )

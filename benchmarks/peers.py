@@ -44,15 +44,21 @@ import maskcompile as mc
 from benchmarks import rows
 from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
 from benchmarks.masks import SCHEDULES, Choice
-from benchmarks.rivals import RIVALS, Restart, Setting, as_found
+from benchmarks.rivals import BLOCKS, COMPONENTS, RIVALS, Restart, Setting, as_found, evenly
 from benchmarks.timing import Timing, hardware, in_parts, interleaved, ratio, ratio_spread, synchronise
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
 ORIGINAL = "original"
-#: our variants: the schedule held, extrapolated, and attention alone at the schedule's interval, which is what PAB reuses
-OURS = {"hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone"}
+#: our variants: the schedule held, extrapolated, and what two rivals reuse that reuse other modules: attention alone at the
+#: schedule's interval, and the parts of transformer blocks at all but as many steps as bring the share near the schedule's
+OURS = {
+    "hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone",
+    "transformers": "maskcompile, transformer blocks alone",
+}  # fmt: skip
+#: of those, the rival that each does the same as
+LIKE = {"attention": "pab", "transformers": "smoothcache"}
 #: turns of a process within a round
 PARTS = 4
 #: how times are taken
@@ -103,24 +109,29 @@ class Variant:
 
 
 @cache
-def traced(of: Case) -> mc.Program:
+def traced(of: Case, method: str) -> mc.Program:
+    """The denoiser with the blocks that one of ``OURS`` reuses: those that are found, or the modules that its rival reuses."""
     args, kwargs = of.calls[0]
-    return mc.trace(of.denoiser, *args, **kwargs)
+    names = [name for name, _ in of.denoiser.named_modules() if re.fullmatch(BLOCKS[of.name], name)]
+    return mc.trace(of.denoiser, *args, blocks=names if method in LIKE else None, **kwargs)
 
 
-def our_mask(of: Case, program: mc.Program, method: str) -> mc.Mask:
-    """The mask of one of ``OURS``: the first schedule of ``benchmarks.masks`` for the denoiser."""
-    choice = Choice(*SCHEDULES[of.name][0])
+def our_mask(of: Case, method: str, setting: Setting) -> mc.Mask:
+    """The mask of one of ``OURS``: the first schedule of ``benchmarks.masks`` for the denoiser, or its rival's."""
+    choice, program = Choice(*SCHEDULES[of.name][0]), traced(of, method)
+    if method not in LIKE:
+        return replace(choice, reuse=method).mask(program, of)
+    last = [name.rpartition(".")[2] for name in program.names]
     if method == "attention":
-        attention = np.array([".attn" in name for name in program.names])
-        compute = (np.arange(of.steps) % choice.interval == 0)[:, None] | ~attention[None, :]
-        return mc.Mask(compute, blocks=program.names, timesteps=of.timesteps)
-    return replace(choice, reuse=method).mask(program, of)
+        reused, full = [name.startswith("attn") for name in last], np.arange(of.steps) % choice.interval == 0
+    else:
+        reused, full = [name in COMPONENTS[of.name][1] for name in last], np.array(evenly(of.steps, int(setting)), np.bool_)
+    return mc.Mask(full[:, None] | ~np.array(reused), blocks=program.names, timesteps=of.timesteps)
 
 
-def optimised(of: Case, method: str, backend: str, **options: Any) -> mc.OptimizedDenoiser:
+def optimised(of: Case, variant: Variant, backend: str, **options: Any) -> mc.OptimizedDenoiser:
     args, kwargs = of.calls[0]
-    fast = mc.optimize(of.denoiser, our_mask(of, traced(of), method), backend=backend, **options)
+    fast = mc.optimize(of.denoiser, our_mask(of, variant.method, variant.setting), backend=backend, **options)
     fast.warmup(*args, **kwargs)
     return fast
 
@@ -132,7 +143,7 @@ def installed(of: Case, variant: Variant) -> Iterator[tuple[Callable[..., Any], 
         with RIVALS[variant.method].install(of, variant.setting) as restart:
             yield of.denoiser, restart
     elif variant.method in OURS:
-        fast = optimised(of, variant.method, "eager")
+        fast = optimised(of, variant, "eager")
         yield fast, fast.reset
     else:
         yield of.denoiser, lambda: None
@@ -208,14 +219,17 @@ def describe(setup: Setup) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"method": ORIGINAL, "setting": 0, "share": 1.0}]
     target = 1.0
     rivals = [name for name, rival in RIVALS.items() if setup.denoiser in rival.denoisers and name in setup.methods]
-    ours = [m for m in OURS if m == "hold" or (m in setup.methods and (m != "attention" or "pab" in rivals))]
+    ours = [m for m in OURS if m == "hold" or (m in setup.methods and LIKE.get(m, ORIGINAL) in (ORIGINAL, *rivals))]
+    if not set(traced(of, "transformers").names) ^ set(traced(of, "hold").names) and "transformers" in ours:
+        ours.remove("transformers")  # what our schedule reuses is what SmoothCache does
     for method in [*ours, *rivals]:
         if method in rivals and RIVALS[method].missing:
             module = RIVALS[method].module
             found.append({"method": method, "error": f"{module} is not installed: pip install 'maskcompile[peers]'"})
             continue
         try:
-            variant = Variant(method, tuned(of, small, method, target) if method in rivals else 0)
+            like = "smoothcache" if method == "transformers" else method
+            variant = Variant(method, tuned(of, small, like, target) if like in rivals else 0)
             with installed(of, variant) as (denoiser, restart):
                 restart()
                 row: dict[str, Any] = {"method": method, "setting": variant.setting, "share": counted(of, denoiser) / total}
@@ -292,7 +306,7 @@ def ready_to_run(
         return in_parts(calls(of, denoiser), PARTS), restart, {}
     options: dict[str, Any] = {} if variant.compiled == "default" else {"mode": variant.compiled}
     if variant.method in OURS:
-        fast = optimised(of, variant.method, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
+        fast = optimised(of, variant, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
         denoiser, restart, expected = fast, fast.reset, None
     else:
         expected = eager_results(of, variant)
@@ -322,11 +336,8 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
         for _ in range(PARTS):
             execute()
         pipe.send(said)
-        for starts_anew in iter(pipe.recv, None):
-            if starts_anew:
-                restart()
-            else:
-                execute()
+        while True:
+            {"restart": restart, "execute": execute}[pipe.recv()]()
             synchronise()
             pipe.send(True)
     except EOFError:  # the other side has ended
@@ -354,12 +365,9 @@ class Process:
         if "error" in self.said:
             self.end()
 
-    def prepare(self) -> None:
-        self.pipe.send(True)
-        self.pipe.recv()
-
-    def run(self) -> None:
-        self.pipe.send(False)
+    def tell(self, what: str) -> None:
+        """Let it "restart", or "execute" the next part of its run, and wait until it has."""
+        self.pipe.send(what)
         self.pipe.recv()
 
     def end(self) -> None:
@@ -417,8 +425,8 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
         processes = [pair for pairs in progress for pair in pairs]
     ready = {variant: process for variant, process in processes if "error" not in process.said}
     try:
-        prepare = {v.label: p.prepare for v, p in ready.items()}
-        times = interleaved({v.label: p.run for v, p in ready.items()}, repeats, prepare=prepare, parts=PARTS)
+        told = {what: {v.label: partial(p.tell, what) for v, p in ready.items()} for what in ("restart", "execute")}
+        times = interleaved(told["execute"], repeats, prepare=told["restart"], parts=PARTS)
     finally:
         for process in ready.values():
             process.end()
@@ -456,15 +464,14 @@ def best_of_ways(
             rows.append({**row, "error": "; ".join(failed)})
             continue
         fastest = best[method, mode]
-        timing = times[fastest.label]
+        timing, eager = times[fastest.label], times[best[ORIGINAL, ""].label]
+        others = [(v.how, times[v.label]) for v in found if v != fastest]
         slower = [
-            f"{v.how}: slower, {1000 * times[v.label].median / steps:.1f} ms a step (spread {times[v.label].spread:.0%})"
-            for v in found
-            if v != fastest
+            f"{how}: slower, {1000 * other.median / steps:.1f} ms a step (spread {ratio_spread(eager, other):.0%})"
+            for how, other in others
         ]
         notes = [f"{v.how}: {s['note']}" for v, s in tried if s.get("note")]
         row |= {"how": fastest.how, "attempts": failed + slower + notes}
-        eager = times[best[ORIGINAL, ""].label]
         row |= {"ms": 1000 * timing.median / steps, "over_eager": ratio(eager, timing)}
         row["spread"] = None if timing is eager else ratio_spread(eager, timing)
         by_default, alike = best.get((ORIGINAL, "default")), best.get((ORIGINAL, mode))
@@ -482,8 +489,10 @@ def label(denoiser: str, row: dict[str, Any]) -> str:
     method = row["method"]
     if method == ORIGINAL:
         return ORIGINAL
+    if method == "transformers" and "setting" in row:
+        return f"**{OURS[method]}**, {row['setting']} full steps"
     if method in OURS:
-        return f"**{OURS[method]}**" + ("" if method == "attention" else f", {Choice(*SCHEDULES[denoiser][0]).label}")
+        return f"**{OURS[method]}**" + ("" if method in LIKE else f", {Choice(*SCHEDULES[denoiser][0]).label}")
     if "setting" not in row:
         return RIVALS[method].label
     setting = row["setting"]
@@ -555,16 +564,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def document(found: dict[str, Any]) -> str:
-    """Markdown of ``peers.json``: a table for each machine, with what it was measured on."""
+    """Markdown of ``peers.json``: a table for each machine and way of timing, with what it was measured on."""
     parts = ["# Peers"]
-    for machine in dict.fromkeys(row["hardware"] for row in found["rows"]):
-        results = [row for row in found["rows"] if row["hardware"] == machine]
+    for machine, timed in dict.fromkeys((row["hardware"], row["timed"]) for row in found["rows"]):
+        results = [row for row in found["rows"] if (row["hardware"], row["timed"]) == (machine, timed)]
         results.sort(key=lambda row: list(BATCH).index(row["denoiser"]))
         pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
         setting = (
             f"{machine}; {found['device']}, {found['dtype']}, backend {found['backend']}; {found['steps']} steps, "
             f"batches of pictures: {pictures}; medians of {found['repeats']} rounds after one warm-up round, "
-            f"{' or '.join(dict.fromkeys(row['timed'] for row in results))}."
+            f"{timed}."
         )
         parts += [table(results), setting]
     return "\n\n".join(parts) + "\nMade by `python -m benchmarks.peers`.\n"

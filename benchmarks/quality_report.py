@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
@@ -23,8 +24,9 @@ def write(out: Path) -> None:
     document = json.loads((out / "quality.json").read_text())
     timed = json.loads((out / "latency.json").read_text())["rows"] if (out / "latency.json").exists() else []
     rows = merged(document["rows"])
-    speed = {(r["denoiser"], r["variant"]): r["over_compiled"] for r in timed if r["setting"] == timed[0]["setting"]}
-    write_whole(out / "quality.md", report(document, rows, speed))
+    setting = next((r["setting"] for r in timed if re.match("50 steps.*float32", r["setting"]) and r["added_mib"] is None), "")
+    speed = {(r["denoiser"], r["variant"]): r["over_compiled"] for r in timed if r["setting"] == setting}
+    write_whole(out / "quality.md", report(document, rows, speed, setting))
     if speed:
         draw(rows, speed, out / "quality.png")
 
@@ -40,8 +42,8 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def report(document: Row, rows: list[Row], speed: dict[tuple[str, str], float]) -> str:
-    """The whole page as Markdown."""
+def report(document: Row, rows: list[Row], speed: dict[tuple[str, str], float], setting: str) -> str:
+    """The whole page as Markdown. setting: that the speeds were measured in."""
     counts = f"{document['pictures']} pictures for PSNR and SSIM, {document['frechet_pictures']} for the Frechet distance"
     parts = [
         "# Quality",
@@ -74,7 +76,7 @@ def report(document: Row, rows: list[Row], speed: dict[tuple[str, str], float]) 
         hard_table(rows),
     ]
     if speed:
-        parts += ["## Speed at equal quality", *equal_quality(rows, speed)]
+        parts += ["## Speed at equal quality", *equal_quality(rows, speed, setting)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -238,7 +240,7 @@ def frontier(rows: list[Row], speed: dict[tuple[str, str], float], name: str, ru
     return sorted(points)
 
 
-def equal_quality(rows: list[Row], speed: dict[tuple[str, str], float]) -> list[str]:
+def equal_quality(rows: list[Row], speed: dict[tuple[str, str], float], setting: str) -> list[str]:
     """For each linear mask at 50 steps, the speed-up of *hold* at its PSNR, along the line through hold's best masks."""
     lines = []
     for name in ("unet", "dit"):
@@ -253,7 +255,8 @@ def equal_quality(rows: list[Row], speed: dict[tuple[str, str], float]) -> list[
             there = f"more than {curve[0][1]:.2f}x" if psnr < curve[0][0] else there
             lines.append([NAMES[name], mask, f"{psnr:.1f}", f"{fast:.2f}x", there])
     return [
-        "50 steps; speed-ups over `torch.compile` from `latency.json`; for *hold* along straight lines between its best masks.",
+        f"Speed-ups over `torch.compile` of `latency.md` ({setting.rstrip('.')}); for *hold* along straight lines between its "
+        "best masks.",
         table(["denoiser", "mask", "PSNR linear", "speed-up linear", "speed-up of hold at that PSNR"], lines),
     ]
 

@@ -51,6 +51,14 @@ BLOCKS = {
 }
 
 
+#: denoiser -> its transformer blocks, and their parts that SmoothCache reuses
+COMPONENTS = {
+    "dit": ("BasicTransformerBlock", ["attn1", "ff"]),
+    "sd": ("BasicTransformerBlock", ["attn1", "attn2", "ff"]),
+    "flux": ("Flux(Single)?TransformerBlock", ["attn", "ff", "ff_context", "proj_mlp", "proj_out"]),
+}
+
+
 def evenly(steps: int, full: int) -> list[int]:
     """``full`` ones among ``steps``, spread evenly from the first step on: where a static schedule computes everything."""
     chosen = {step * steps // full for step in range(full)}
@@ -118,12 +126,7 @@ def smoothcache(case: Case, setting: Setting) -> Iterator[Restart]:
 
     # It prints a line for every module at every step.
     smooth_cache_helper.print = lambda *_: None
-    parts = {
-        "dit": ("BasicTransformerBlock", ["attn1", "ff"]),
-        "sd": ("BasicTransformerBlock", ["attn1", "attn2", "ff"]),
-        "flux": ("Flux(Single)?TransformerBlock", ["attn", "ff", "ff_context", "proj_mlp", "proj_out"]),
-    }
-    block, components = parts[case.name]
+    block, components = COMPONENTS[case.name]
     classes = {type(m) for m in case.denoiser.modules() if re.fullmatch(block, type(m).__name__)}
     schedule = dict.fromkeys(components, evenly(case.steps, int(setting)))
     helper = SmoothCacheHelper(case.denoiser, sorted(classes, key=str), components, schedule)

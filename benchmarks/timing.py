@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,6 @@ class Timing:
     def median(self) -> float:
         return median(self.seconds)
 
-    @property
-    def spread(self) -> float:
-        """(largest - smallest) / median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
-
 
 def interleaved(
     variants: dict[str, Callable[[], Any]],
@@ -40,16 +36,16 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Run the variants in turn, ``repeats`` times over after ``warmup`` rounds, so that drift meets all of them alike.
 
-    prepare: what to do before a variant's turn, outside the time taken. parts: calls that make a variant's run, in which the
-    variants take turns within a round: where a machine's speed drifts by the second, what is compared has to be close by.
+    prepare: what to do before a variant's run, outside the time taken. parts: calls that make a variant's run, with those of
+    the others in between: where a machine's speed drifts by the second, what is compared has to be close by.
     """
     prepare = prepare or {}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    order = list(variants)
-    for turn in tqdm(range(-warmup, repeats), desc="timing", delay=2, leave=False, disable=None):
+    chance = random.Random(0)
+    for number in tqdm(range(-warmup, repeats), desc="timing", delay=2, leave=False, disable=None):
         taken = dict.fromkeys(variants, 0.0)
         for part in range(parts):
-            for name in order:
+            for name in chance.sample(list(variants), len(variants)):  # nobody always follows the same one
                 if part == 0:
                     prepare.get(name, lambda: None)()
                 synchronise()
@@ -57,14 +53,13 @@ def interleaved(
                 variants[name]()
                 synchronise()
                 taken[name] += time.perf_counter() - start
-            order = [*order[1:], order[0]] if parts > 1 else order  # nobody always follows the same one
-        for name, time_taken in taken.items() if turn >= 0 else ():
+        for name, time_taken in taken.items() if number >= 0 else ():
             seconds[name].append(time_taken)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
 def in_parts(steps: Sequence[Callable[[], Any]], parts: int) -> Callable[[], None]:
-    """Executes the next of ``parts`` parts of a run at every call, and begins anew after the last. parts: at most the steps."""
+    """Executes the next of ``parts`` parts of a run at every call, and begins anew after the last."""
     bounds = [len(steps) * part // parts for part in range(parts + 1)]
     ranges = cycle(pairwise(bounds))
 

@@ -39,6 +39,14 @@ def test_the_gain_is_over_the_best_of_the_others():
     assert cells[1:5] == ["50%", "47.0", "-", "46.0"]
 
 
+def test_what_rows_were_measured_on_is_said():
+    here, there = {"hardware": "one; torch 2"}, {"hardware": "another; torch 2"}
+    assert learning_report.machines([]) == "nothing is measured yet"
+    assert learning_report.machines([here, here]) == "one; torch 2"
+    said = "2 of 3 measurements on one; torch 2 and 1 of 3 measurements on another; torch 2"
+    assert learning_report.machines([there, here, here]) == said
+
+
 def test_every_method_and_rival_is_tried_once():
     found = list(learning.trials(["unet", "dit"], [20], [0.5], ablations=True))
     assert len({trial.key for trial in found}) == len(found)

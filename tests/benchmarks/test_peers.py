@@ -15,6 +15,7 @@ import maskcompile as mc
 from benchmarks import peers, rivals
 from benchmarks.cases import case
 from benchmarks.peers import (
+    LIKE,
     ORIGINAL,
     Setup,
     Variant,
@@ -22,6 +23,7 @@ from benchmarks.peers import (
     compilations,
     differing,
     document,
+    eager_results,
     installed,
     kept_bytes,
     label,
@@ -180,9 +182,21 @@ def test_a_threshold_decides_how_many_steps_are_computed(name, denoiser):
 @pytest.mark.parametrize("method", ["linear", "attention"])
 def test_our_share_counted_is_the_one_that_the_plans_say(method):
     of = small("dit")
-    program = traced(of)
     share = macs(of, Variant(method)) / sum(cost for _, cost, _ in of_the_original("dit"))
-    assert share == pytest.approx(mc.cost(program, our_mask(of, program, method)).share, rel=1e-6)
+    assert share == pytest.approx(mc.cost(traced(of, method), our_mask(of, method, 0)).share, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", LIKE)
+@pytest.mark.parametrize("name", ["dit", "sd", "flux"])
+def test_ours_does_what_its_rival_does(name, method):
+    """The same MACs and, but for rounding, the same outputs."""
+    if RIVALS[LIKE[method]].missing:
+        pytest.skip("not installed")
+    of, rival = small(name), Variant(LIKE[method], STATIC[LIKE[method]][0])
+    ours = Variant(method, rival.setting)
+    assert macs(of, ours) == macs(of, rival) < macs(of, Variant(ORIGINAL))
+    for output, expected in zip(eager_results(of, ours), eager_results(of, rival), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_evenly():
@@ -220,8 +234,7 @@ def test_what_is_kept_between_steps():
     of = small("dit")
     assert kept_bytes(of, of.denoiser) == 0
     with installed(of, Variant("hold")) as (fast, _):
-        program = traced(of)
-        peak = mc.cost(program, our_mask(of, program, "hold")).peak_cache_bytes
+        peak = mc.cost(traced(of, "hold"), our_mask(of, "hold", 0)).peak_cache_bytes
         assert 0 <= kept_bytes(of, fast) - peak < 1024  # and the timesteps
     if not RIVALS["smoothcache"].missing:
         with installed(of, Variant("smoothcache", 3)) as (denoiser, restart):
@@ -276,8 +289,8 @@ def test_machines_have_tables_of_their_own():
 def test_a_wrong_result_of_ours_is_rejected(monkeypatch):
     of, variant, right = small("dit"), Variant("hold", compiled="default", how="regions"), peers.optimised
 
-    def optimised(of, method, backend, **options):
-        fast = right(of, method, "eager")
+    def optimised(of, variant, backend, **options):
+        fast = right(of, variant, "eager")
 
         def wrong(*args, **kwargs):
             output = fast(*args, **kwargs)[0]
