@@ -133,27 +133,28 @@ def rule_cost(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
     found = []
     for schedule in dict.fromkeys(schedule for schedule, _ in SCHEDULES[of.name]):
         args, kwargs = of.calls[3]
-        whole_step = partial(original, *args, **kwargs)
-        steps: dict[str, Callable[[], Any]] = {"original": whole_step}
+        steps: dict[str, Callable[[], Any]] = {"original": partial(original, *args, **kwargs)}
+        prepare = dict(steps)
         for rule in ("hold", "linear"):
             mask = Choice(schedule, 2, reuse=rule).mask(program, of)
             fast = mc.optimize(of.denoiser, mask, backend=backend, cuda_graphs=False)
             with torch.no_grad():
-                for first, keywords in of.calls[:3]:  # computes, holds for lack of another computation, computes
+                for first, keywords in of.calls[:2]:  # computes, holds for lack of another computation
                     fast(*first, **keywords)
-            steps[rule] = partial(_again, fast, fast._threads.own.runs, args, kwargs)
+            # The step before it, which computes and stores, is made again before each: in a run that has just been.
+            prepare[rule] = partial(_again, fast, fast._threads.own.runs, *of.calls[2])
+            steps[rule] = partial(fast, *args, **kwargs)
         with torch.no_grad():
-            # Each after a full step, as in a run, with what that leaves in the processor's caches.
-            times = interleaved(steps, repeats, warmup=3, prepare=dict.fromkeys(steps, whole_step))
+            times = interleaved(steps, repeats, warmup=3, prepare=prepare)
         cost, low, high = difference(times["linear"], times["hold"], times["original"])
         medians = {f"{step}_ms": 1000 * timing.median for step, timing in times.items()}
         label = Choice(schedule, 2).label
-        found.append({"denoiser": of.name, "mask": label, **medians, "cost": cost, "low": low, "high": high})
+        found.append({"denoiser": of.name, "mask": label, **medians, "cost": cost, "low": low, "high": high, "rounds": repeats})
     return found
 
 
 def _again(fast: mc.OptimizedDenoiser, runs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The same step of the same run once more."""
+    """A step of a run once more."""
     fast._threads.own.runs = runs
     fast(*args, **kwargs)
 
@@ -195,7 +196,9 @@ def report(document: dict[str, list[dict[str, Any]]]) -> str:
     for setting in dict.fromkeys(row["setting"] for row in document["rows"]):
         of_setting = {kind: [row for row in found if row["setting"] == setting] for kind, found in document.items()}
         parts += [table(of_setting["rows"]), setting]
-        parts += ["What extrapolating costs, in single steps, each after a full one:", rule_table(of_setting["rule"])]
+        rounds = max(row["rounds"] for row in of_setting["rule"])
+        parts += [f"What extrapolating costs, in single steps, each after the full one before it; medians of {rounds} rounds:"]
+        parts += [rule_table(of_setting["rule"])]
     made = "Over torch.compile: ours in a further mode over the original in that mode, all else over the default mode."
     if all(row["added_mib"] is None for row in document["rows"]):
         made += " No GPU table has been made yet."
@@ -223,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="torch")
     path = options.out / "latency.json"
     document: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {"rows": [], "rule": []}
-    if "setting" in document:
+    if "setting" in document or any("added_mib" not in row for row in document["rows"]):
         raise SystemExit(f"{path} was made by an older version; give another --out.")
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.denoisers:
@@ -231,8 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
         setting = (
             f"{of.steps} steps, batch {len(of.start)} pictures, {options.dtype}, backend {options.backend}, static shapes; "
             f"{hardware(device=options.device)}; medians of {options.repeats} rounds, in each of which a variant has "
-            f"{parts_of(of)} turns, after one to warm up; spread: of the speed-up over torch.compile, (max - min) / median of "
-            "the rounds."
+            f"{parts_of(of)} turns, in random order, after one to warm up; spread: of the speed-up over torch.compile, "
+            "(max - min) / median of the rounds."
         )
         new = {
             "rows": measure(of, options.repeats, options.backend),

@@ -59,12 +59,12 @@ OURS = {
 }  # fmt: skip
 #: of those, the rival that each does the same as
 LIKE = {"attention": "pab", "transformers": "smoothcache"}
-#: turns of a process within a round
+#: turns of a process within a round on a CPU; a GPU would be idle at the end of each
 PARTS = 4
-#: how times are taken
+#: how times are taken, of so many turns
 TIMED = (
-    f"in each of which a process has {PARTS} turns, to run the next of as many parts of the run; spread: of the speed-up over "
-    "eager, (max - min) / median of the rounds"
+    "in each of which a process has {parts} turns, in random order, to run as many parts of the run; spread: of the speed-up "
+    "over eager, (max - min) / median of the rounds"
 )
 #: modes of ``torch.compile`` that record CUDA graphs; ours records its own in the rows compared with these, and in no other
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -85,6 +85,11 @@ class Setup:
     dtype: str
     backend: str
     methods: tuple[str, ...] = (*OURS, *RIVALS)
+
+    @property
+    def parts(self) -> int:
+        """Turns of a process within a round."""
+        return 1 if self.device.startswith("cuda") else PARTS
 
     def case(self, batch: int | None = None) -> Case:
         return case(self.denoiser, self.steps, batch or self.batch, self.device, getattr(torch, self.dtype))
@@ -117,16 +122,22 @@ def traced(of: Case, method: str) -> mc.Program:
 
 
 def our_mask(of: Case, method: str, setting: Setting) -> mc.Mask:
-    """The mask of one of ``OURS``: the first schedule of ``benchmarks.masks`` for the denoiser, or its rival's."""
-    choice, program = Choice(*SCHEDULES[of.name][0]), traced(of, method)
+    """The mask of one of ``OURS``: the first schedule of ``benchmarks.masks`` for the denoiser, or its rival's as it is set."""
+    program = traced(of, method)
     if method not in LIKE:
-        return replace(choice, reuse=method).mask(program, of)
+        return replace(Choice(*SCHEDULES[of.name][0]), reuse=method).mask(program, of)
     last = [name.rpartition(".")[2] for name in program.names]
     if method == "attention":
-        reused, full = [name.startswith("attn") for name in last], np.arange(of.steps) % choice.interval == 0
+        reused, full = [name.startswith("attn") for name in last], np.arange(of.steps) % int(setting) == 0
     else:
         reused, full = [name in COMPONENTS[of.name][1] for name in last], np.array(evenly(of.steps, int(setting)), np.bool_)
     return mc.Mask(full[:, None] | ~np.array(reused), blocks=program.names, timesteps=of.timesteps)
+
+
+def same_decisions(of: Case, variant: Variant) -> bool:
+    """Whether one of ``OURS`` is our schedule by another name."""
+    masks = our_mask(of, variant.method, variant.setting), our_mask(of, "hold", 0)
+    return masks[0].blocks == masks[1].blocks and np.array_equal(masks[0].compute, masks[1].compute)
 
 
 def optimised(of: Case, variant: Variant, backend: str, **options: Any) -> mc.OptimizedDenoiser:
@@ -220,16 +231,16 @@ def describe(setup: Setup) -> list[dict[str, Any]]:
     target = 1.0
     rivals = [name for name, rival in RIVALS.items() if setup.denoiser in rival.denoisers and name in setup.methods]
     ours = [m for m in OURS if m == "hold" or (m in setup.methods and LIKE.get(m, ORIGINAL) in (ORIGINAL, *rivals))]
-    if not set(traced(of, "transformers").names) ^ set(traced(of, "hold").names) and "transformers" in ours:
-        ours.remove("transformers")  # what our schedule reuses is what SmoothCache does
     for method in [*ours, *rivals]:
         if method in rivals and RIVALS[method].missing:
             module = RIVALS[method].module
             found.append({"method": method, "error": f"{module} is not installed: pip install 'maskcompile[peers]'"})
             continue
         try:
-            like = "smoothcache" if method == "transformers" else method
+            like = LIKE.get(method, method)
             variant = Variant(method, tuned(of, small, like, target) if like in rivals else 0)
+            if method == "transformers" and same_decisions(of, variant):
+                continue
             with installed(of, variant) as (denoiser, restart):
                 restart()
                 row: dict[str, Any] = {"method": method, "setting": variant.setting, "share": counted(of, denoiser) / total}
@@ -303,7 +314,7 @@ def ready_to_run(
     """
     if not variant.compiled:
         denoiser, restart = stack.enter_context(installed(of, variant))
-        return in_parts(calls(of, denoiser), PARTS), restart, {}
+        return in_parts(calls(of, denoiser), setup.parts), restart, {}
     options: dict[str, Any] = {} if variant.compiled == "default" else {"mode": variant.compiled}
     if variant.method in OURS:
         fast = optimised(of, variant, setup.backend, cuda_graphs=variant.compiled in CUDA_GRAPHS, **options)
@@ -317,7 +328,7 @@ def ready_to_run(
     outputs += run(of, denoiser)
     if expected is None:
         expected = eager_results(of, variant)
-    return in_parts(calls(of, denoiser), PARTS), restart, {"note": differing(variant, outputs, expected * 2)}
+    return in_parts(calls(of, denoiser), setup.parts), restart, {"note": differing(variant, outputs, expected * 2)}
 
 
 def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads: int) -> None:
@@ -333,7 +344,7 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
             return
         execute, restart, said = ready_to_run(setup.case(), setup, variant, stack)
         restart()
-        for _ in range(PARTS):
+        for _ in range(setup.parts):
             execute()
         pipe.send(said)
         while True:
@@ -368,7 +379,8 @@ class Process:
     def tell(self, what: str) -> None:
         """Let it "restart", or "execute" the next part of its run, and wait until it has."""
         self.pipe.send(what)
-        self.pipe.recv()
+        if (answer := self.pipe.recv()) is not True:
+            raise RuntimeError(answer["error"])
 
     def end(self) -> None:
         self.process.terminate()
@@ -426,14 +438,14 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
     ready = {variant: process for variant, process in processes if "error" not in process.said}
     try:
         told = {what: {v.label: partial(p.tell, what) for v, p in ready.items()} for what in ("restart", "execute")}
-        times = interleaved(told["execute"], repeats, prepare=told["restart"], parts=PARTS)
+        times = interleaved(told["execute"], repeats, prepare=told["restart"], parts=setup.parts)
     finally:
         for process in ready.values():
             process.end()
     said = [(variant, process.said) for variant, process in processes]
     return {
         "hardware": hardware(device=setup.device),
-        "timed": TIMED,
+        "timed": TIMED.format(parts=setup.parts),
         "variants": best_of_ways(setup.steps, methods, said, times),
     }
 
@@ -452,9 +464,10 @@ def best_of_ways(
         ran.setdefault((variant.method, variant.compiled), [])
         if variant.label in times:
             ran[variant.method, variant.compiled].append(variant)
-    best = {key: min(found, key=lambda v: times[v.label].median) for key, found in ran.items() if found}
-    if (ORIGINAL, "") not in best:
+    if not ran[ORIGINAL, ""]:
         raise RuntimeError(f"the original did not run: {'; '.join(s['error'] for v, s in said if v == Variant(ORIGINAL))}.")
+    eager = times[Variant(ORIGINAL).label]
+    best = {key: max(found, key=lambda v: ratio(eager, times[v.label])) for key, found in ran.items() if found}
     rows = []
     for (method, mode), found in ran.items():
         row = {**methods[method], "compiled": mode}
@@ -464,7 +477,7 @@ def best_of_ways(
             rows.append({**row, "error": "; ".join(failed)})
             continue
         fastest = best[method, mode]
-        timing, eager = times[fastest.label], times[best[ORIGINAL, ""].label]
+        timing = times[fastest.label]
         others = [(v.how, times[v.label]) for v in found if v != fastest]
         slower = [
             f"{how}: slower, {1000 * other.median / steps:.1f} ms a step (spread {ratio_spread(eager, other):.0%})"

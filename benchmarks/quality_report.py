@@ -24,7 +24,9 @@ def write(out: Path) -> None:
     document = json.loads((out / "quality.json").read_text())
     timed = json.loads((out / "latency.json").read_text())["rows"] if (out / "latency.json").exists() else []
     rows = merged(document["rows"])
-    setting = next((r["setting"] for r in timed if re.match("50 steps.*float32", r["setting"]) and r["added_mib"] is None), "")
+    on_gpu = {r["setting"] for r in timed if r["added_mib"] is not None}
+    settings = [r["setting"] for r in timed if r["setting"] not in on_gpu]
+    setting = next((said for said in settings if re.match("50 steps.*float32, backend inductor", said)), "")
     speed = {(r["denoiser"], r["variant"]): r["over_compiled"] for r in timed if r["setting"] == setting}
     write_whole(out / "quality.md", report(document, rows, speed, setting))
     if speed:

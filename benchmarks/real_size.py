@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=list(dict.fromkeys(t.row for t in MASKS)), help="default: all")
     parser.add_argument("--trials", nargs="+", type=int, choices=range(len(MASKS)), help="their numbers, instead of rows")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
@@ -198,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "real_size.json"
     given = {name: getattr(options, name) for name in ("repeats", "dtype", "backend")}
     done = rows.opened(path, given, options.fresh)
+    timed = TIMED[torch.device(options.device).type]
     for number, trial in enumerate(MASKS):
         machine = hardware(device=options.device)
         key = f"{_key(trial)} on {machine}"
@@ -205,7 +206,6 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         dtype = getattr(torch, options.dtype)
         figures = apart(trial, options.repeats, options.device, dtype, options.backend)
-        timed = TIMED[torch.device(options.device).type]
         rows.add(path, {"key": key, "row": trial.row, "hardware": machine, "timed": timed, **figures})
         print(key, figures, flush=True)
     text = document(json.loads(path.read_text()))

@@ -67,11 +67,12 @@ def test_the_report_by_hand(tmp_path):
     document = {"setting": "", "pictures": 1, "frechet_pictures": 1, "features": "classifier", "rows": rows}
     (tmp_path / "quality.json").write_text(json.dumps(document))
     speeds = {f"{two}, hold": 1.8, f"{two}, linear": 1.75, f"{three}, hold": 2.6, f"{three}, linear": 2.5}
-    here = {"setting": "50 steps, float32; here", "added_mib": None, "denoiser": "dit"}
+    here = {"setting": "50 steps, float32, backend inductor; here", "added_mib": None, "denoiser": "dit"}
     timed = [{**here, "variant": v, "over_compiled": s} for v, s in speeds.items()]
-    gpu, short, other = {"added_mib": 1.0}, {"setting": "20 steps, float32; here"}, {"setting": "50 steps, float32; elsewhere"}
-    timed = [{**timed[0], "over_compiled": 9.0, **row} for row in (gpu, short)] + timed
-    timed.append({**timed[-1], "over_compiled": 9.0, **other})
+    others = [(here["setting"].replace("here", "a GPU"), None), (here["setting"].replace("here", "a GPU"), 1.0)]
+    others += [(here["setting"].replace("50", "20"), None), (here["setting"].replace("here", "elsewhere"), None)]
+    wrong = [{**timed[0], "over_compiled": 9.0, "setting": setting, "added_mib": added} for setting, added in others]
+    timed = [*wrong[:3], *timed, *wrong[3:]]
     latency = {"rows": timed}
     (tmp_path / "latency.json").write_text(json.dumps(latency))
     quality_report.write(tmp_path)
