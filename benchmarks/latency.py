@@ -133,19 +133,18 @@ def rule_cost(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
     found = []
     for schedule in dict.fromkeys(schedule for schedule, _ in SCHEDULES[of.name]):
         args, kwargs = of.calls[3]
-        steps: dict[str, Callable[[], Any]] = {"original": partial(original, *args, **kwargs)}
-        prepare = dict(steps)
+        whole_step = partial(original, *args, **kwargs)
+        steps: dict[str, Callable[[], Any]] = {"original": whole_step}
         for rule in ("hold", "linear"):
             mask = Choice(schedule, 2, reuse=rule).mask(program, of)
             fast = mc.optimize(of.denoiser, mask, backend=backend, cuda_graphs=False)
             with torch.no_grad():
-                for first, keywords in of.calls[:2]:  # computes, holds for lack of another computation
+                for first, keywords in of.calls[:3]:  # computes, holds for lack of another computation, computes
                     fast(*first, **keywords)
-            # The step before it, which computes and stores, is made again before each: in a run that has just been.
-            prepare[rule] = partial(_again, fast, fast._threads.own.runs, *of.calls[2])
-            steps[rule] = partial(fast, *args, **kwargs)
+            steps[rule] = partial(_again, fast, fast._threads.own.runs, args, kwargs)
         with torch.no_grad():
-            times = interleaved(steps, repeats, warmup=3, prepare=prepare)
+            # Each after a full step of the original, which leaves the same in the processor's caches for all.
+            times = interleaved(steps, repeats, warmup=3, prepare=dict.fromkeys(steps, whole_step))
         cost, low, high = difference(times["linear"], times["hold"], times["original"])
         medians = {f"{step}_ms": 1000 * timing.median for step, timing in times.items()}
         label = Choice(schedule, 2).label
@@ -154,7 +153,7 @@ def rule_cost(of: Case, repeats: int, backend: str) -> list[dict[str, Any]]:
 
 
 def _again(fast: mc.OptimizedDenoiser, runs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A step of a run once more."""
+    """The same step of the same run once more."""
     fast._threads.own.runs = runs
     fast(*args, **kwargs)
 
@@ -197,7 +196,9 @@ def report(document: dict[str, list[dict[str, Any]]]) -> str:
         of_setting = {kind: [row for row in found if row["setting"] == setting] for kind, found in document.items()}
         parts += [table(of_setting["rows"]), setting]
         rounds = max(row["rounds"] for row in of_setting["rule"])
-        parts += [f"What extrapolating costs, in single steps, each after the full one before it; medians of {rounds} rounds:"]
+        parts += [
+            f"What extrapolating costs, in single steps, each after a full one of the original; medians of {rounds} rounds:"
+        ]
         parts += [rule_table(of_setting["rule"])]
     made = "Over torch.compile: ours in a further mode over the original in that mode, all else over the default mode."
     if all(row["added_mib"] is None for row in document["rows"]):

@@ -50,8 +50,9 @@ def test_latency(tmp_path, monkeypatch):
     costs = json.loads((tmp_path / "latency.json").read_text())["rule"]
     assert [cost["mask"] for cost in costs] == ["deepcache(interval=2)", "uniform(interval=2)", "uniform(interval=2)"]
     # What is measured again takes the place of what was there; another setting has a table of its own.
-    monkeypatch.setattr(latency, "measure", lambda of, *_: [{**rows[0], "denoiser": of.name, "variant": "again"}])
-    monkeypatch.setattr(latency, "rule_cost", lambda of, *_: [{**costs[0], "denoiser": of.name}])
+    row, cost = ({k: v for k, v in found[0].items() if k != "setting"} for found in (rows, costs))
+    monkeypatch.setattr(latency, "measure", lambda of, *_: [{**row, "denoiser": of.name, "variant": "again"}])
+    monkeypatch.setattr(latency, "rule_cost", lambda of, *_: [{**cost, "denoiser": of.name}])
     monkeypatch.setattr(latency, "case", lambda name, steps, batch, *_: small_case(name, steps, batch))
     latency.main([*given, "--repeats", "1", "--denoisers", "unet"])
     again = json.loads((tmp_path / "latency.json").read_text())["rows"]
