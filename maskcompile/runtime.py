@@ -511,8 +511,10 @@ class OptimizedDenoiser(DropIn):
             else:
                 whole, rules = self._compute(key)
                 rows, rules = self._rows(whole, course), rules.at(course)
-            merged = most is not None and (skips or course == tuple(range(self._mask.steps)))
-            plans = (plan_merged if merged else plan_run)(slots, blocks, rows, rules)
+            if most is not None and (skips or course == tuple(range(self._mask.steps))):
+                plans = plan_merged(slots, blocks, rows, rules, most)
+            else:
+                plans = plan_run(slots, blocks, rows, rules)
             captured = self._captures[key]
             shared = self._shared[captured.origin] = share_graphs(plans, self._shared.get(captured.origin, {}))
             known = Schedule(plans, shared, partial(captured.graph, blocks=blocks), captured.assembler())

@@ -48,11 +48,15 @@ def merge_rows(
             return merged
 
 
-def plan_merged(slots: Slots, blocks: Sequence[str], compute: Compute, rules: Rules) -> list[Plan]:
-    """As ``plan_run``, but with one graph for all steps of equal rows of a mask made by ``merge_rows``.
+def plan_merged(slots: Slots, blocks: Sequence[str], compute: Compute, rules: Rules, most: int) -> list[Plan]:
+    """As ``plan_run``, but with at most ``most`` graphs, for a mask made by ``merge_rows`` with the same number.
 
-    Where one of them has less to do than another, it does what the other does all the same.
+    Where more would be needed, all steps of equal rows share one: if one of them has less to do than another, it does what the
+    other does all the same.
     """
+    plans = plan_run(slots, blocks, compute, rules)
+    if len({plan.key for plan in plans}) <= most:
+        return plans
     rows = [tuple(row) for row in compute.tolist()]
     plans = _plan(slots, blocks, compute, rules)
     keys: dict[Row, GraphKey] = {}

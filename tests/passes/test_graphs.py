@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -102,7 +104,7 @@ def test_merged_rows_need_few_graphs_and_are_the_executor(captured):
         needed = rectify(slots, model.names(), compute, rules)
         assert (merged >= needed).all()
         executor = executor_of(model, (merged, rules))
-        plans, results, macs = run(found, model.names(), (merged, rules), inputs, plan_merged)
+        plans, results, macs = run(found, model.names(), (merged, rules), inputs, partial(plan_merged, most=most))
         for step, tensors in enumerate(inputs):
             expected = executor.step(step, *tensors)
             assert torch.equal(results[step][0], expected["sample"])
@@ -111,6 +113,9 @@ def test_merged_rows_need_few_graphs_and_are_the_executor(captured):
         assert len({plan.key for plan in plans}) <= most
         if len(np.unique(needed, axis=0)) <= most:  # nothing to merge
             assert np.array_equal(merged, needed)
+            unmerged = plan_run(slots, model.names(), needed, rules)
+            if len({plan.key for plan in unmerged}) <= most:
+                assert plans == unmerged
 
     check()
 
