@@ -44,21 +44,22 @@ import maskcompile as mc
 from benchmarks import rows
 from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
 from benchmarks.masks import SCHEDULES, Choice
-from benchmarks.rivals import BLOCKS, COMPONENTS, RIVALS, Restart, Setting, as_found, evenly
+from benchmarks.rivals import BLOCKS, COMPONENTS, RIVALS, Restart, Setting, as_found, evenly, taylorseer_computes
 from benchmarks.timing import Timing, hardware, in_parts, interleaved, ratio, ratio_spread, synchronise
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
 ORIGINAL = "original"
-#: our variants: the schedule held, extrapolated, and what two rivals reuse that reuse other modules: attention alone at the
-#: schedule's interval, and the parts of transformer blocks at all but as many steps as bring the share near the schedule's
+#: our variants: the schedule held, extrapolated, and what three rivals do that reuse other modules or at other steps: attention
+#: alone, at the schedule's interval; the parts of transformer blocks, at all but as many steps as bring the share near the
+#: schedule's; and all blocks extrapolated, at an interval that does
 OURS = {
     "hold": "maskcompile", "linear": "maskcompile, linear", "attention": "maskcompile, attention alone",
-    "transformers": "maskcompile, transformer blocks alone",
+    "transformers": "maskcompile, transformer blocks alone", "taylor": "maskcompile, as TaylorSeer",
 }  # fmt: skip
 #: of those, the rival that each does the same as
-LIKE = {"attention": "pab", "transformers": "smoothcache"}
+LIKE = {"attention": "pab", "transformers": "smoothcache", "taylor": "taylorseer"}
 #: turns of a process within a round on a CPU; a GPU would be idle at the end of each
 PARTS = 4
 #: how times are taken, of so many turns
@@ -127,11 +128,17 @@ def our_mask(of: Case, method: str, setting: Setting) -> mc.Mask:
     if method not in LIKE:
         return replace(Choice(*SCHEDULES[of.name][0]), reuse=method).mask(program, of)
     last = [name.rpartition(".")[2] for name in program.names]
-    if method == "attention":
-        reused, full = [name.startswith("attn") for name in last], np.arange(of.steps) % int(setting) == 0
+    if method == "taylor":
+        reused = [True] * len(last)
+        full = [int(taylorseer_computes(step, int(setting), warmup=1)) for step in range(of.steps)]
+    elif method == "attention":
+        reused = [name.startswith("attn") for name in last]
+        full = [int(step % int(setting) == 0) for step in range(of.steps)]
     else:
-        reused, full = [name in COMPONENTS[of.name][1] for name in last], np.array(evenly(of.steps, int(setting)), np.bool_)
-    return mc.Mask(full[:, None] | ~np.array(reused), blocks=program.names, timesteps=of.timesteps)
+        reused, full = [name in COMPONENTS[of.name][1] for name in last], evenly(of.steps, int(setting))
+    compute = np.array(full, np.bool_)[:, None] | ~np.array(reused)
+    rule = "linear" if method == "taylor" else "hold"
+    return mc.Mask(compute, blocks=program.names, timesteps=of.timesteps, reuse=rule)
 
 
 def same_decisions(of: Case, variant: Variant) -> bool:
@@ -239,7 +246,7 @@ def describe(setup: Setup) -> list[dict[str, Any]]:
         try:
             like = LIKE.get(method, method)
             variant = Variant(method, tuned(of, small, like, target) if like in rivals else 0)
-            if method == "transformers" and same_decisions(of, variant):
+            if method in LIKE and same_decisions(of, variant):
                 continue
             with installed(of, variant) as (denoiser, restart):
                 restart()
@@ -502,8 +509,9 @@ def label(denoiser: str, row: dict[str, Any]) -> str:
     method = row["method"]
     if method == ORIGINAL:
         return ORIGINAL
-    if method == "transformers" and "setting" in row:
-        return f"**{OURS[method]}**, {row['setting']} full steps"
+    if method in ("transformers", "taylor") and "setting" in row:
+        said = "{} full steps" if method == "transformers" else "interval {}"
+        return f"**{OURS[method]}**, {said.format(row['setting'])}"
     if method in OURS:
         return f"**{OURS[method]}**" + ("" if method in LIKE else f", {Choice(*SCHEDULES[denoiser][0]).label}")
     if "setting" not in row:

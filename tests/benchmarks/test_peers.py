@@ -187,14 +187,18 @@ def test_our_share_counted_is_the_one_that_the_plans_say(method):
 
 
 @pytest.mark.parametrize("method", LIKE)
-@pytest.mark.parametrize("name", ["dit", "sd", "flux"])
+@pytest.mark.parametrize("name", ["dit", "unet", "sd", "flux"])
 def test_ours_does_what_its_rival_does(name, method):
-    """The same MACs and, but for rounding, the same outputs."""
-    if RIVALS[LIKE[method]].missing:
-        pytest.skip("not installed")
+    """The same MACs and, but for rounding, the same outputs; of U-Nets ours drops the samplers between levels, which nothing reads."""
+    if name not in RIVALS[LIKE[method]].denoisers or RIVALS[LIKE[method]].missing:
+        pytest.skip("not installed, or not for this denoiser")
     of, rival = small(name), Variant(LIKE[method], STATIC[LIKE[method]][0])
     ours = Variant(method, rival.setting)
-    assert macs(of, ours) == macs(of, rival) < macs(of, Variant(ORIGINAL))
+    assert macs(of, rival) < macs(of, Variant(ORIGINAL))
+    if method == "taylor" and name in ("unet", "sd"):
+        assert macs(of, ours) < macs(of, rival)
+    else:
+        assert macs(of, ours) == macs(of, rival)
     for output, expected in zip(eager_results(of, ours), eager_results(of, rival), strict=True):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
