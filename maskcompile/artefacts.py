@@ -1,8 +1,8 @@
 """Keep what was captured, and compiled of regions, in a file, so that another process need not do it again.
 
-One zip archive: ``manifest.json``; under ``captures/`` the captured graphs (JSON, safetensors); under ``regions/`` torch's own
-artefact of each region (``torch._inductor.CompiledArtifact``); under ``kernels/`` the machine code for the CPU, which torch's
-artefacts leave out.
+One zip archive: ``manifest.json``, which also says how many files there are; under ``captures/`` the captured graphs (JSON,
+safetensors); under ``regions/`` torch's own artefact of each region (``torch._inductor.CompiledArtifact``); under ``kernels/``
+the machine code for the CPU, which torch's artefacts leave out.
 Compiled code runs with your rights and torch's artefacts hold pickles: load only files that you trust as you would a program.
 """
 
@@ -24,23 +24,23 @@ from torch._inductor import config, cpu_vec_isa
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.standalone_compile import CompiledArtifact
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_artefacts(path: str | os.PathLike[str], captures: Mapping[str, bytes], regions: Mapping[str, bytes]) -> None:
     """Write artefacts, by name, whole or not at all."""
     target = Path(path)
+    kernels = _loaded_kernels()
+    manifest = {"format": FORMAT, "files": len(captures) + len(regions) + len(kernels)}
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
     os.close(handle)
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(
-                "manifest.json", json.dumps({"format": FORMAT, **_surroundings(), **_vector_instructions()}, indent=1)
-            )
+            archive.writestr("manifest.json", json.dumps({**manifest, **_surroundings(), **_vector_instructions()}, indent=1))
             for folder, artefacts in (("captures", captures), ("regions", regions)):
                 for name, content in artefacts.items():
                     archive.writestr(f"{folder}/{name}", content)
-            for kernel in _loaded_kernels():
+            for kernel in kernels:
                 archive.write(kernel, f"kernels/{kernel.relative_to(os.path.realpath(cache_dir())).as_posix()}")
         os.chmod(partial, 0o644)
         os.replace(partial, target)
@@ -64,7 +64,10 @@ def load_artefacts(path: str | os.PathLike[str]) -> tuple[dict[str, bytes], dict
                 if differing := [name for name in ours if manifest.get(name) != ours[name]]:
                     name = differing[0]
                     raise ValueError(f"it was made with {name} {manifest.get(name)}, here it is {ours[name]}")
-            kept = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+            names = [name for name in archive.namelist() if name != "manifest.json"]
+            if len(names) != manifest.get("files"):
+                raise zipfile.BadZipFile
+            kept = {name: archive.read(name) for name in names}
     except (OSError, ValueError) as error:
         reason: object = error
     except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, NotImplementedError, EOFError):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 from torch._inductor import config, list_mode_options, standalone_compile
 from torch._inductor.standalone_compile import CompiledArtifact
+from torch.compiler import config as compiler_config
 from torch.fx import GraphModule
 
 from maskcompile._version import __version__
@@ -135,13 +136,16 @@ def _standalone(graph_module: GraphModule, options: Mapping[str, Any]) -> tuple[
     """A graph compiled by Inductor, and what that takes for granted of its sizes."""
     likes = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
+    # Torch before 2.15 names what it saves by the graph alone, and of several of one name takes any, whatever sizes they serve.
+    tag = f"{compiler_config.cache_key_tag}{[like.node.hint for like in likes if isinstance(like, torch.SymInt)] or ''}"
     level = _saving.level
     if config.force_disable_caches:  # or it says of every region that it cannot be saved
         _saving.setLevel(logging.ERROR)
     try:
-        run = standalone_compile(
-            graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
-        )
+        with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            run = standalone_compile(
+                graph_module, likes, dynamic_shapes="from_graph", options={"config_patches": _inductor_options(options)}
+            )
     finally:
         _saving.setLevel(level)
     return run, code_of(guards_in(likes[-1].node.shape_env, symbols, least=1), symbols) if symbols else ""

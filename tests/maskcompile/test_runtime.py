@@ -134,7 +134,7 @@ def test_a_scheduler_that_takes_some_of_the_masks_steps(seed, taken, dtype, risi
     expected = Executor(fast.original, BLOCKS, united(compute, steps), (0, 1, 1), own, reach)
     named = [at for at, step in enumerate(steps) for _ in range(2 if twice and at else 1)]
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         for run in range(2):
             scheduler = torch.tensor([mask.timesteps[steps[at]] for at in named], dtype=dtype)
             expected.reset()

@@ -170,7 +170,7 @@ def test_an_adapter_added_after_capture_is_seen():
     before = fast(*args, **kwargs)[0]
     fast.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         after = fast(*args, **kwargs)[0]
         assert torch.equal(after, model(*args, **kwargs)[0])
     assert not torch.equal(after, before)
