@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from maskcompile.learning.recording import record
 from maskcompile.learning.relaxed import RelaxedDenoiser
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
-from tests.toys import Block
+from tests.toys import Block, Chain
 
 STEPS = 8
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,37 @@ def test_the_search_beats_the_schedules_that_it_knows(case):
     assert held_out(mask) > held_out(uniform)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_search_in_half_precision(dtype):
+    torch.manual_seed(0)
+    model = Chain().eval().to(dtype)
+
+    def sample(seed, model=model):
+        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        for t in range(1600, 0, -100):
+            x = x - 0.1 * model(x, torch.tensor(float(t))).detach()
+        return x
+
+    weights = copy.deepcopy(model.state_dict())
+    mask = mc.learn(model, sample, 0.6, method=mc.Search(passes=10, reach=False), reuse="hold", progress=False)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+    def held_out(compute):
+        executor = Executor(model, mask.blocks, compute.tolist())
+        found = []
+        for seed in (70, 71, 72):
+            executor.reset()
+            step = iter(range(mask.steps))
+            other = sample(seed, lambda x, t, step=step: executor.step(next(step), x, t))
+            found.append(fidelity(other.flatten(1), sample(seed).flatten(1)).mean())
+        return np.mean(found)
+
+    every_second = np.zeros_like(mask.compute)
+    every_second[::2] = True
+    assert 0.3 < mask.compute.mean() < 0.7
+    assert held_out(mask.compute) > held_out(every_second)
+
+
 class Branches(nn.Module):
     """Two blocks of equal cost side by side, of which one hardly matters."""
 
@@ -138,15 +170,16 @@ class Branches(nn.Module):
         return self.much(sample, time) + 1e-3 * self.little(sample, time)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("relaxation", ["random", "gumbel"])
-def test_blocks_that_matter_get_high_scores(relaxation):
+def test_blocks_that_matter_get_high_scores(relaxation, dtype):
     torch.manual_seed(0)
-    model = Branches().eval()
+    model = Branches().eval().to(dtype)
 
     def sample(seed):
-        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
         for t in range(900, 100, -100):
-            x = x - 0.2 * model(x, torch.tensor(float(t))).detach()
+            x = x - 0.2 * model(x, torch.tensor(float(t), dtype=dtype)).detach()
         return x
 
     mask = mc.learn(model, sample, 0.57, method=mc.Paper(relaxation=relaxation), progress=False)
