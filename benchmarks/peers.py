@@ -568,11 +568,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    given = {name: getattr(options, name) for name in ("methods", "steps", "batch", "repeats", "device", "dtype", "backend")}
+    given = {name: getattr(options, name) for name in ("steps", "batch", "repeats", "device", "dtype", "backend")}
+    every = parser.get_default("methods")
+    chosen = "" if options.methods == every else f" with {', '.join(options.methods)}"
     path = options.out / "peers.json"
     done = rows.opened(path, given, options.fresh)
     for name in options.denoisers:
-        key = f"{name} on {hardware(device=options.device)}"  # what was measured elsewhere is another result
+        key = f"{name} on {hardware(device=options.device)}{chosen}"  # what was measured elsewhere is another result
         if key in done:
             continue
         given_to_all = (options.steps, options.batch, options.device, options.dtype, options.backend)
