@@ -31,7 +31,7 @@ from benchmarks.cases import BATCH, Case, calls, case
 from benchmarks.masks import SCHEDULES, Choice, choices
 from benchmarks.reference import load
 from benchmarks.rivals import BLOCKS, taylorseer_hook
-from benchmarks.timing import difference, hardware, in_parts, interleaved, ratio, ratio_spread
+from benchmarks.timing import difference, hardware, in_parts, interleaved, ratio, ratio_spread, use
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -231,6 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{path} was made by an older version; give another --out.")
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.denoisers:
+        use(options.device)
         of = case(name, options.steps, options.batch, options.device, getattr(torch, options.dtype))
         setting = (
             f"{of.steps} steps, batch {len(of.start)} pictures, {options.dtype}, backend {options.backend}, static shapes; "

@@ -257,11 +257,17 @@ def run(options: argparse.Namespace, processes: Processes) -> str | None:
         return None
     with Image.open(options.folder / "masked" / file_of(0)) as first:
         size = first.width
-    if (key := f"speed {hardware()}") not in done:
+    if (key := f"speed {hardware(device=options.device)}") not in done:
         taken = speed(sampler, variants, options.batch, options.repeats)
         rows.add(
             path,
-            {"key": key, "hardware": hardware(), "repeats": options.repeats, **taken, **costs(fast, sampler, options.batch)},
+            {
+                "key": key,
+                "hardware": hardware(device=options.device),
+                "repeats": options.repeats,
+                **taken,
+                **costs(fast, sampler, options.batch),
+            },
         )
     for name in VARIANTS if options.original else ("masked",):
         if options.real is not None and (key := distance_key(name, options)) not in done:
@@ -286,7 +292,7 @@ def _clear(folder: Path) -> None:
 def report(sampler: Sampler, mask: mc.Mask, options: argparse.Namespace, found: list[dict[str, Any]], size: int) -> str:
     """result.md. found: the rows of result.json."""
     row, known = sampler.row, {r["key"]: r for r in found}
-    timed = known[f"speed {hardware()}"]
+    timed = known[f"speed {hardware(device=options.device)}"]
     distances = [known.get(distance_key(name, options), {}).get("distance") for name in VARIANTS]
     psnr = known.get(f"likeness {options.images}", {}).get("psnr")
     calls = mask.steps * sampler.calls

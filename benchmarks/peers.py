@@ -45,7 +45,7 @@ from benchmarks import rows
 from benchmarks.cases import BATCH, Case, calls, case, likeness, run, sample
 from benchmarks.masks import SCHEDULES, Choice
 from benchmarks.rivals import BLOCKS, COMPONENTS, RIVALS, Restart, Setting, as_found, evenly, taylorseer_computes
-from benchmarks.timing import Timing, hardware, in_parts, interleaved, ratio, ratio_spread, synchronise
+from benchmarks.timing import Timing, hardware, in_parts, interleaved, ratio, ratio_spread, synchronise, use
 from maskcompile.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -344,6 +344,7 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
     inductor.compile_threads = 1  # its environment variable was read when the server of processes imported it
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
+    use(setup.device)
     stack = ExitStack()
     try:
         if variant is None:
@@ -368,8 +369,10 @@ class Process:
     """One variant in its process. said: what it reported when it was ready, or an ``error``."""
 
     def __init__(self, setup: Setup, variant: Variant | None, patience: float, threads: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.rivals", "maskcompile"])
+        # Diffusers asks for CUDA devices when it is imported, after which no process may be forked that is to use one.
+        context: Any = multiprocessing.get_context("spawn" if setup.device.startswith("cuda") else "forkserver")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(["benchmarks.rivals", "maskcompile"])
         self.pipe, theirs = context.Pipe()
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         arguments = (theirs, setup, variant, self.folder.name, threads)
@@ -563,7 +566,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=[str(dtype).split(".")[1] for dtype in TOLERANCE])
     parser.add_argument("--backend", default="inductor")
-    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="variants compiled at once")
+    parser.add_argument("--jobs", type=int, help="variants compiled at once; default: at most 4, 1 on a GPU")
     parser.add_argument("--patience", type=float, default=300, help="seconds that a variant may take to be ready")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -579,7 +582,8 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         given_to_all = (options.steps, options.batch, options.device, options.dtype, options.backend)
         setup = Setup(name, *given_to_all, tuple(options.methods))
-        result = measure(setup, options.repeats, options.jobs, options.patience)
+        jobs = options.jobs or (1 if options.device.startswith("cuda") else min(4, os.cpu_count() or 1))
+        result = measure(setup, options.repeats, jobs, options.patience)
         rows.add(path, {"key": key, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
     text = document(json.loads(path.read_text()))
     write_whole(options.out / "peers.md", text)

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 import maskcompile as mc
 from benchmarks import rows
 from benchmarks.models import Inputs, row_named
-from benchmarks.timing import hardware, in_parts, interleaved, ratio, ratio_spread
+from benchmarks.timing import hardware, in_parts, interleaved, ratio, ratio_spread, use
 from maskcompile.files import write_whole
 from maskcompile.mask import steps_of
 
@@ -80,12 +80,12 @@ MASKS = (
 )
 
 
-def at(inputs: Inputs, timestep: float) -> Inputs:
-    """The same call at another timestep: the argument of that name, or the second one."""
+def at(inputs: Inputs, timestep: Tensor) -> Inputs:
+    """The same call at another timestep, an element of a scheduler's tensor: the argument of that name, or the second one."""
     args, kwargs = inputs
     if "timestep" in kwargs:
-        return args, {**kwargs, "timestep": torch.full_like(kwargs["timestep"], timestep)}
-    return (args[0], torch.full_like(args[1], timestep), *args[2:]), kwargs
+        return args, {**kwargs, "timestep": timestep.expand(kwargs["timestep"].shape)}
+    return (args[0], timestep.expand(args[1].shape), *args[2:]), kwargs
 
 
 def moved(inputs: Inputs, device: str, dtype: torch.dtype) -> Inputs:
@@ -108,6 +108,7 @@ def _with_caches_in(folder: str, *given: Any) -> dict[str, Any]:
 
 def measure(trial: Trial, repeats: int, device: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """Seconds a step of the variants of one trial, and how they compare."""
+    use(device)
     row = row_named(trial.row)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -116,7 +117,8 @@ def measure(trial: Trial, repeats: int, device: str, dtype: torch.dtype, backend
     scheduler = row.scheduler()
     scheduler.set_timesteps(trial.steps, device="cpu")
     timesteps = steps_of(float(t) for t in scheduler.timesteps)
-    calls = [at(inputs, t) for t in timesteps]
+    given = inputs[1]["timestep"] if "timestep" in inputs[1] else inputs[0][1]
+    calls = [at(inputs, t) for t in torch.tensor(timesteps, device=device).to(given.dtype)]
     args, kwargs = calls[0]
 
     original = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
@@ -135,7 +137,7 @@ def measure(trial: Trial, repeats: int, device: str, dtype: torch.dtype, backend
     with torch.no_grad():
         for denoiser in variants.values():
             denoiser(*args, **kwargs)
-        times = interleaved(runs, repeats, warmup=0, prepare={"ours": fast.reset}, parts=parts)
+        times = interleaved(runs, repeats, warmup=int(device.startswith("cuda")), prepare={"ours": fast.reset}, parts=parts)
     cost = mc.cost(program, mask)
     speedup = ratio(times["compiled"], times["ours"])
     return {

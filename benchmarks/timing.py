@@ -93,12 +93,12 @@ def difference(ours: Timing, other: Timing, baseline: Timing) -> tuple[float, fl
     return middle, low, high
 
 
-def hardware(threads: bool = True, device: str | None = None) -> str:
+def hardware(threads: bool = True, device: str = "cpu") -> str:
     """Processor or GPU, threads (where time is measured) and versions, for the line beside every figure.
 
-    device: what the benchmark ran on, as for ``torch.device``; default: the GPU, where there is one.
+    device: what the benchmark ran on, as for ``torch.device``.
     """
-    if torch.cuda.is_available() if device is None else device.startswith("cuda"):
+    if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -107,6 +107,12 @@ def hardware(threads: bool = True, device: str | None = None) -> str:
     import diffusers
 
     return f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
+
+
+def use(device: str) -> None:
+    """Make it the one that ``synchronise`` and counters of memory mean."""
+    if torch.device(device).index is not None and device.startswith("cuda"):
+        torch.cuda.set_device(device)
 
 
 def synchronise() -> None:

@@ -195,5 +195,6 @@ def load_regions(artefacts: Mapping[str, bytes]) -> None:
 
 
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What torch.compile makes of its mode and options."""
-    return {**list_mode_options(options["mode"] if options.get("mode") else "default"), **(options.get("options") or {})}
+    """What torch.compile makes of its mode and options, but for CUDA graphs, which would overwrite other regions' results."""
+    mode = list_mode_options(options["mode"] if options.get("mode") else "default")
+    return {**mode, **(options.get("options") or {}), "triton.cudagraphs": False}

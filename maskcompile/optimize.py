@@ -144,6 +144,8 @@ def optimize(
     mode = compile_options.get("mode")
     if cuda_graphs and mode in WITHOUT_CUDA_GRAPHS:
         compile_options["mode"] = WITHOUT_CUDA_GRAPHS[mode]
+    if cuda_graphs and (compile_options.get("options") or {}).get("triton.cudagraphs"):
+        compile_options["options"] = {**compile_options["options"], "triton.cudagraphs": False}
     if regions is None:  # the buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region
         regions = backend != "eager" and compile_options.get("mode") not in WITHOUT_CUDA_GRAPHS
     fast = OptimizedDenoiser(

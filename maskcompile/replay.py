@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ from passes.rectify import Version
 
 #: Arenas that a denoiser has at a time: for runs in progress, and for each of its signatures and of the steps that runs take.
 MOST_ARENAS = 8
+
+#: Bytes; see ``_packed``.
+ALIGNED = 16
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -161,7 +165,11 @@ class Arena:
             return outputs[: step.graph.results]
 
         if self.leases > 1 and step.graph.called and bound.key not in self.recorded and self.failure is None:
-            self._record(bound, run)
+            # Once as it will be recorded, but for the stores: handles of cuBLAS and cuDNN are a thread's own, and Dynamo may
+            # have to compile again for these inputs.
+            with torch.inference_mode(False), torch.no_grad():
+                step.graph(self.inputs, bound.cached, bound.coefficients)
+                self._record(bound, run)
         if bound.key not in self.recorded:
             return [tensor.clone() if self._own(tensor) else tensor for tensor in run()]
         self.ready[position] = bound, self.recorded[bound.key]
@@ -188,6 +196,12 @@ class Arena:
         if stream != self.stream:  # of the last step, whose memory this one overwrites
             stream.wait_stream(self.stream)
             self.stream = stream
+            for tensor in (
+                self.memory,
+                *self.inputs,
+                *(vector for vectors, _ in self.coefficients.values() for vector in vectors),
+            ):
+                tensor.record_stream(stream)  # or the allocator might give it away while this stream still works on it
         for own, given in zip((*self.inputs, *self._vectors(bound)), (*inputs, *bound.given), strict=True):
             own.copy_(given, non_blocking=True)
 
@@ -244,12 +258,33 @@ def record(run: Run, recorder: Recorder | None) -> Recorded:
     """Capture ``run`` as a CUDA graph, without executing it."""
     assert recorder is not None
     graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(recorder.device),
-        torch.cuda.graph(graph, pool=recorder.pool, stream=recorder.stream, capture_error_mode="thread_local"),
-    ):
-        results = run()
+    errors = []
+    with torch.cuda.device(recorder.device):
+        before = torch.cuda.current_stream()
+        # Workspaces of cuBLAS that lie in the graphs' pool must not be found there by others, nor others' by the graphs.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, pool=recorder.pool, stream=recorder.stream, capture_error_mode="thread_local"):
+                try:
+                    results = run()
+                except Exception as error:
+                    errors.append(error)
+                    raise
+        except Exception as error:
+            _leave(before, recorder)
+            raise (*errors, error)[0] from None  # what ends a capture that failed raises an error of its own
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
     return Recorded(graph.replay, results)
+
+
+def _leave(stream: torch.cuda.Stream, recorder: Recorder) -> None:
+    """Undo what torch before 2.12 leaves of a capture that failed: its stream, its pool in use, generators that wait for it."""
+    torch.cuda.set_stream(stream)
+    with suppress(Exception):
+        torch._C._cuda_endAllocateToPool(stream.device_index, recorder.pool)
+    with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=recorder.stream):
+        torch.zeros(1, device=stream.device)  # its end sets the generators right
 
 
 def current_stream(device: torch.device) -> Any:
@@ -262,17 +297,23 @@ def _by_dtype(coefficients: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _packed(coefficients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Scalars as one vector of each dtype, so that few copies bring them to where a graph reads them; a vector as it is."""
+    """Scalars as one tensor of each dtype, so that few copies bring them to where a graph reads them; a vector as it is.
+
+    A row for each, of ``ALIGNED`` bytes: Inductor's code clones inputs that lie at other addresses than multiples of that.
+    """
     if coefficients and coefficients[0].dim():
         return tuple(coefficients)
-    return tuple(torch.stack([coefficients[i] for i in group]) for group in _by_dtype(coefficients))
+    groups = [torch.stack([coefficients[i] for i in group]) for group in _by_dtype(coefficients)]
+    return tuple(group[:, None].expand(-1, ALIGNED // group.itemsize).contiguous() for group in groups)
 
 
 def _packed_like(coefficients: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(empty vectors like ``_packed``, the coefficients as parts of them)"""
+    """(empty tensors like ``_packed``, the coefficients as parts of them)"""
     with torch.inference_mode(False):
         vectors = tuple(torch.empty_like(vector) for vector in _packed(coefficients))
     if coefficients and coefficients[0].dim():
         return vectors, vectors
-    places = {i: vector[j] for vector, group in zip(vectors, _by_dtype(coefficients), strict=True) for j, i in enumerate(group)}
+    places = {
+        i: vector[j, 0] for vector, group in zip(vectors, _by_dtype(coefficients), strict=True) for j, i in enumerate(group)
+    }
     return vectors, tuple(places[i] for i in range(len(coefficients)))

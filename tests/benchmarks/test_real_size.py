@@ -57,7 +57,8 @@ def test_calls_at_another_timestep(name):
     """Of every row measured: only what means the timestep is another."""
     model, inputs = models.one_picture(models.row_named(name))
     inputs = real_size.moved(inputs, "meta", torch.float32)
-    args, kwargs = real_size.at(inputs, 7)
+    given = inputs[1]["timestep"] if name == "pixart" else inputs[0][1]
+    args, kwargs = real_size.at(inputs, torch.tensor(7, dtype=given.dtype, device="meta"))
     before = {**dict(enumerate(inputs[0])), **inputs[1]}
     changed = [place for place, value in {**dict(enumerate(args)), **kwargs}.items() if value is not before[place]]
     assert changed == (["timestep"] if name == "pixart" else [1])
@@ -68,9 +69,9 @@ def test_calls_at_another_timestep(name):
 
 
 def test_the_timestep_is_the_one_asked_for():
-    (_, t, y), kwargs = real_size.at(((torch.randn(2), torch.full((2,), 999), torch.ones(2)), {}), 7)
+    (_, t, y), kwargs = real_size.at(((torch.randn(2), torch.full((2,), 999), torch.ones(2)), {}), torch.tensor(7))
     assert t.tolist() == [7, 7]
     assert not kwargs
-    _, kwargs = real_size.at(((torch.randn(2),), {"timestep": torch.tensor(999), "mask": y}), 7)
+    _, kwargs = real_size.at(((torch.randn(2),), {"timestep": torch.tensor(999), "mask": y}), torch.tensor(7))
     assert kwargs["timestep"] == 7
     assert kwargs["mask"] is y

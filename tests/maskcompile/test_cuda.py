@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import maskcompile as mc
+from maskcompile import replay
 from tests.denoisers import denoiser, tensors_of
 from tests.executor import Executor
 
@@ -18,10 +21,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DEVICE = torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def exact():
+    """Convolutions in float32 itself, as products are by default: kernels differ in how they round TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 def moved(value):
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
-    return {k: moved(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), value)
 
 
 def make(name="unet2d", **options):
@@ -141,7 +151,12 @@ def test_half_precision(dtype):
         return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args), kwargs
 
     for run in range(3):
-        assert_follows(fast, truth(model, fast), halved, seed=run, tolerance=0.05)
+        executor = truth(model, fast)
+        for step in range(5):
+            args, kwargs = halved(step, run + step)
+            ours, theirs = tensors_of(fast(*args, **kwargs)), tensors_of(executor.step(step, *args, **kwargs))
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a.double() - b.double()).norm() < 0.02 * b.double().norm()
 
 
 def test_weights_moved_away_and_back():
@@ -155,15 +170,44 @@ def test_weights_moved_away_and_back():
     del kept
 
 
+def test_a_step_that_cannot_be_recorded_leaves_the_device_usable():
+    """What waits for the device ends a capture, and must not end anything else."""
+    recorder = replay.Recorder(DEVICE)
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="captur"):
+            replay.record(lambda: [torch.ones(1, device=DEVICE).sum().item()], recorder)
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()
+        torch.randn(3, device=DEVICE)
+    other, x = replay.Recorder(DEVICE), torch.ones(3, device=DEVICE)
+    recorded = replay.record(lambda: [x * 2], other)
+    x.fill_(4)
+    recorded.replay()
+    assert recorded.results[0].tolist() == [8.0] * 3
+
+
+def test_two_threads_that_take_turns():
+    model, _, fast, inputs = make("dit", cuda_graphs=True)
+    for run in range(2):
+        for _ in range(2):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(assert_follows, fast, truth(model, fast), inputs, seed=run).result()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for run in range(4):
+            for pool in (one, other):
+                pool.submit(assert_follows, fast, truth(model, fast), inputs, seed=run).result()
+
+
 @pytest.mark.parametrize("kind", ["cpu tensor", "number"])
 def test_timesteps_on_the_cpu(kind):
     """As DDIM's and DDPM's pipelines have them."""
     model, _, fast, inputs = make("unet2d", cuda_graphs=True)
     timesteps = [901, 701, 501, 301, 101]
     for run in range(3):
-        executor = truth(model, fast)
+        executor, scheduled = truth(model, fast), torch.tensor(timesteps)
         for step, t in enumerate(timesteps):
             (x, _), _ = inputs(step, 10 * run + step)
-            given = t if kind == "number" else torch.tensor(timesteps)[step]
+            given = t if kind == "number" else scheduled[step]
             torch.testing.assert_close(fast(x, given).sample, executor.step(step, x, given).sample, rtol=1e-3, atol=1e-3)
     assert fast.report().recorded

@@ -256,6 +256,17 @@ def test_what_cannot_be_recorded_is_executed_and_said(strict, monkeypatch):
         assert "operation not permitted" in str(fast.report())
 
 
+@pytest.mark.parametrize("dtypes", [[torch.float32] * 5, [torch.float32, torch.bfloat16, torch.float32, torch.float64]])
+def test_coefficients_lie_where_compiled_code_takes_them_as_they_are(dtypes):
+    """Inductor clones inputs at addresses that are no multiples of 16."""
+    values = [torch.tensor(float(i), dtype=dtype) for i, dtype in enumerate(dtypes)]
+    own, parts = replay._packed_like(values)
+    for tensor, packed in zip(own, replay._packed(values), strict=True):
+        tensor.copy_(packed)
+    assert [(part.item(), part.dtype) for part in parts] == [(float(i), dtype) for i, dtype in enumerate(dtypes)]
+    assert not any(part.data_ptr() % 16 for part in parts)
+
+
 @pytest.mark.parametrize("name", ["unet2d", "flux"])
 def test_denoisers(name):
     case = denoiser(name)
