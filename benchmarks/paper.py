@@ -37,7 +37,7 @@ from tqdm import tqdm
 import maskcompile as mc
 from benchmarks import frechet, rows
 from benchmarks.checkpoints import Request, Sampler, default_weights, find_row, load, names
-from benchmarks.timing import hardware, interleaved, ratio, ratio_spread
+from benchmarks.timing import hardware, interleaved, ratio, ratio_spread, use
 from maskcompile.files import write_whole
 from maskcompile.learning.processes import Processes, launched
 from maskcompile.mask import steps_of
@@ -355,6 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         lines = options.prompts.read_text().splitlines() if options.prompts else []
         options.prompts = tuple(line.strip() for line in lines if line.strip())
+        use(options.device)
         with launched() as processes:
             text = run(options, processes)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -246,7 +246,7 @@ def describe(setup: Setup) -> list[dict[str, Any]]:
         try:
             like = LIKE.get(method, method)
             variant = Variant(method, tuned(of, small, like, target) if like in rivals else 0)
-            if method in LIKE and same_decisions(of, variant):
+            if method == "transformers" and same_decisions(of, variant):
                 continue
             with installed(of, variant) as (denoiser, restart):
                 restart()
@@ -344,9 +344,9 @@ def serve(pipe: Any, setup: Setup, variant: Variant | None, folder: str, threads
     inductor.compile_threads = 1  # its environment variable was read when the server of processes imported it
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
-    use(setup.device)
     stack = ExitStack()
     try:
+        use(setup.device)
         if variant is None:
             pipe.send({"methods": describe(setup)})
             return
@@ -369,8 +369,8 @@ class Process:
     """One variant in its process. said: what it reported when it was ready, or an ``error``."""
 
     def __init__(self, setup: Setup, variant: Variant | None, patience: float, threads: int) -> None:
-        # Diffusers asks for CUDA devices when it is imported, after which no process may be forked that is to use one.
-        context: Any = multiprocessing.get_context("spawn" if setup.device.startswith("cuda") else "forkserver")
+        # Diffusers asks for CUDA devices when it is imported, after which no process may be forked that synchronises with one.
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload(["benchmarks.rivals", "maskcompile"])
         self.pipe, theirs = context.Pipe()
@@ -455,6 +455,7 @@ def measure(setup: Setup, repeats: int, jobs: int, patience: float) -> dict[str,
     said = [(variant, process.said) for variant, process in processes]
     return {
         "hardware": hardware(device=setup.device),
+        "methods": sorted(setup.methods),
         "timed": TIMED.format(parts=setup.parts),
         "variants": best_of_ways(setup.steps, methods, said, times),
     }
@@ -572,29 +573,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in ("steps", "batch", "repeats", "device", "dtype", "backend")}
-    every = parser.get_default("methods")
-    chosen = "" if options.methods == every else f" with {', '.join(options.methods)}"
     path = options.out / "peers.json"
     done = rows.opened(path, given, options.fresh)
     for name in options.denoisers:
-        key = f"{name} on {hardware(device=options.device)}{chosen}"  # what was measured elsewhere is another result
+        # What was measured elsewhere, or beside others, is another result.
+        key = f"{name} on {hardware(device=options.device)}: {', '.join(sorted(options.methods))}"
         if key in done:
             continue
         given_to_all = (options.steps, options.batch, options.device, options.dtype, options.backend)
         setup = Setup(name, *given_to_all, tuple(options.methods))
         jobs = options.jobs or (1 if options.device.startswith("cuda") else min(4, os.cpu_count() or 1))
         result = measure(setup, options.repeats, jobs, options.patience)
-        rows.add(path, {"key": key, "denoiser": name, "pictures": options.batch or BATCH[name], **result})
+        rows.add(
+            path,
+            {"key": key, "denoiser": name, "pictures": options.batch or BATCH[name], **result},
+        )
     text = document(json.loads(path.read_text()))
     write_whole(options.out / "peers.md", text)
     print(text)
 
 
 def document(found: dict[str, Any]) -> str:
-    """Markdown of ``peers.json``: a table for each machine and way of timing, with what it was measured on."""
+    """Markdown of ``peers.json``: a table for each machine, way of timing and choice of methods."""
     parts = ["# Peers"]
-    for machine, timed in dict.fromkeys((row["hardware"], row["timed"]) for row in found["rows"]):
-        results = [row for row in found["rows"] if (row["hardware"], row["timed"]) == (machine, timed)]
+    for alike in dict.fromkeys((row["hardware"], row["timed"], tuple(row["methods"])) for row in found["rows"]):
+        machine, timed, _ = alike
+        results = [row for row in found["rows"] if (row["hardware"], row["timed"], tuple(row["methods"])) == alike]
         results.sort(key=lambda row: list(BATCH).index(row["denoiser"]))
         pictures = ", ".join(f"{row['denoiser']} {row['pictures']}" for row in results)
         setting = (

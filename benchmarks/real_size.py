@@ -38,7 +38,8 @@ RESULTS = Path(__file__).parent / "results"
 #: how ``measure`` takes times: a GPU would be idle at the end of every turn
 TIMED = {
     "cpu": "in which the three take turns at every step; spread: of the speed-up over torch.compile, (max - min) / median",
-    "cuda": "in which each runs as a whole in turn; spread: of the speed-up over torch.compile, (max - min) / median",
+    "cuda": "after one to warm up, in which each runs as a whole in turn; "
+    "spread: of the speed-up over torch.compile, (max - min) / median",
 }
 ROUTERS = Path(__file__).parent.parent / "tests" / "maskcompile" / "data"
 
@@ -175,8 +176,9 @@ def document(found: dict[str, Any]) -> str:
             table(results),
             f"Random weights, one picture a call (both halves of a guided one), {found['dtype']}, backend {found['backend']}; "
             f"{machine}; medians of {found['repeats']} rounds, {timed}. "
-            "Of the MACs: MACs before / after. Compiled calls are warmed by a first step, so that graphs that reuse run in the "
-            "first round for the first time; each row in a process of its own.",
+            "Of the MACs: MACs before / after. "
+            + ("" if timed == TIMED["cuda"] else "Graphs that reuse run in the first round for the first time. ")
+            + "Each row in a process of its own.",
         ]
     return "\n\n".join(parts) + "\nMade by `python -m benchmarks.real_size`.\n"
 

@@ -136,7 +136,8 @@ def _standalone(graph_module: GraphModule, options: Mapping[str, Any]) -> tuple[
     """A graph compiled by Inductor, and what that takes for granted of its sizes."""
     likes = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     symbols = [like.node.expr for like in likes if isinstance(like, torch.SymInt)]
-    # Torch before 2.15 names what it saves by the graph alone, and of several of one name takes any, whatever sizes they serve.
+    # Some versions of torch (2.11) name what they save by the graph alone, and of several of one name take any, whatever sizes
+    # they serve.
     tag = f"{compiler_config.cache_key_tag}{[like.node.hint for like in likes if isinstance(like, torch.SymInt)] or ''}"
     level = _saving.level
     if config.force_disable_caches:  # or it says of every region that it cannot be saved

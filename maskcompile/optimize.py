@@ -107,9 +107,10 @@ def optimize(
     compile_options: passed to torch.compile (mode, options).
 
     Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with a cache of diffusers, or already
-    optimised, TypeError for options that torch.compile does not have. A model that cannot be captured, or that has offloading
-    hooks, is not compiled: its blocks are skipped module by module, which a warning and the report say. (Optimise a pipeline
-    before ``enable_model_cpu_offload``, whose hook then sits outside and changes nothing.)
+    optimised, and for regions with CUDA graphs of Inductor's own, TypeError for options that torch.compile does not have. A
+    model that cannot be captured, or that has offloading hooks, is not compiled: its blocks are skipped module by module, which
+    a warning and the report say. (Optimise a pipeline before ``enable_model_cpu_offload``, whose hook then sits outside and
+    changes nothing.)
     """
     options: dict[str, Any] = {
         "backend": backend, "timestep": timestep, "regions": regions, "max_graphs": max_graphs, "max_captures": max_captures,
@@ -146,8 +147,14 @@ def optimize(
         compile_options["mode"] = WITHOUT_CUDA_GRAPHS[mode]
     if cuda_graphs and (compile_options.get("options") or {}).get("triton.cudagraphs"):
         compile_options["options"] = {**compile_options["options"], "triton.cudagraphs": False}
-    if regions is None:  # the buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region
-        regions = backend != "eager" and compile_options.get("mode") not in WITHOUT_CUDA_GRAPHS
+    # The buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region.
+    theirs = compile_options.get("mode") in WITHOUT_CUDA_GRAPHS or (compile_options.get("options") or {}).get(
+        "triton.cudagraphs"
+    )
+    if regions and theirs:
+        raise ValueError("regions cannot be CUDA graphs of Inductor's own; leave out regions=True, or cuda_graphs=False.")
+    if regions is None:
+        regions = backend != "eager" and not theirs
     fast = OptimizedDenoiser(
         model,
         mask,

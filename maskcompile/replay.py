@@ -196,11 +196,9 @@ class Arena:
         if stream != self.stream:  # of the last step, whose memory this one overwrites
             stream.wait_stream(self.stream)
             self.stream = stream
-            for tensor in (
-                self.memory,
-                *self.inputs,
-                *(vector for vectors, _ in self.coefficients.values() for vector in vectors),
-            ):
+            vectors = [vector for own, _ in self.coefficients.values() for vector in own]
+            sources = [vector for each in self.bound.values() for vector in each.given]
+            for tensor in (self.memory, *self.inputs, *vectors, *sources):
                 tensor.record_stream(stream)  # or the allocator might give it away while this stream still works on it
         for own, given in zip((*self.inputs, *self._vectors(bound)), (*inputs, *bound.given), strict=True):
             own.copy_(given, non_blocking=True)
@@ -272,7 +270,8 @@ def record(run: Run, recorder: Recorder | None) -> Recorded:
                     raise
         except Exception as error:
             _leave(before, recorder)
-            raise (*errors, error)[0] from None  # what ends a capture that failed raises an error of its own
+            first = (*errors, error)[0]  # what ends a capture that failed raises an error of its own
+            raise first from first.__cause__
         finally:
             torch._C._cuda_clearCublasWorkspaces()
     return Recorded(graph.replay, results)
@@ -283,8 +282,10 @@ def _leave(stream: torch.cuda.Stream, recorder: Recorder) -> None:
     torch.cuda.set_stream(stream)
     with suppress(Exception):
         torch._C._cuda_endAllocateToPool(stream.device_index, recorder.pool)
-    with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=recorder.stream):
+    graph = torch.cuda.CUDAGraph()
+    with suppress(Exception), torch.cuda.graph(graph, stream=recorder.stream, capture_error_mode="thread_local"):
         torch.zeros(1, device=stream.device)  # its end sets the generators right
+    torch.cuda.set_stream(stream)
 
 
 def current_stream(device: torch.device) -> Any:

@@ -197,6 +197,7 @@ def test_two_threads_that_take_turns():
         for run in range(4):
             for pool in (one, other):
                 pool.submit(assert_follows, fast, truth(model, fast), inputs, seed=run).result()
+    assert fast.report().recorded
 
 
 @pytest.mark.parametrize("kind", ["cpu tensor", "number"])

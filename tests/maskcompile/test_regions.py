@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -231,8 +232,22 @@ def test_weights_of_another_layout_are_another_capture():
     assert fast.report().recaptures == 1
 
 
+@pytest.mark.parametrize("asked", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
+def test_regions_leave_cuda_graphs_of_their_own_out(asked):
+    """One that replays overwrites what the one before returned. Ours take their place, or graphs are compiled as a whole."""
+    case = denoiser("unet2d")
+    mask = mc.Mask.full(["mid_block.resnets.0"], TIMESTEPS)
+    assert not mc.optimize(case.model, mask, cuda_graphs=False, **asked)._regions
+    fast = mc.optimize(case.model, mask, cuda_graphs=True, **asked)
+    assert fast._regions
+    assert not compiling._inductor_options(fast._options)["triton.cudagraphs"]
+    with pytest.raises(ValueError, match="regions cannot be CUDA graphs of Inductor's own"):
+        mc.optimize(case.model, mask, regions=True, cuda_graphs=False, **asked)
+
+
 def test_a_damaged_file_is_left_aside(tmp_path, monkeypatch):
     path = tmp_path / "x"
+    monkeypatch.setattr(artefacts, "_loaded_kernels", list)  # of the tests before it, which would make the file large
     artefacts.save_artefacts(path, {"1" * 64: b"{}"}, {"0" * 64: b"what torch made"})
     assert artefacts.load_artefacts(path) == ({"1" * 64: b"{}"}, {"0" * 64: b"what torch made"})
     whole = path.read_bytes()
@@ -324,7 +339,7 @@ def test_a_strange_file_is_left_aside(tmp_path):
     path.write_text("{}")
     assert "it is no file of save_compiled" in warned()
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("manifest.json", '{"format": 1, "torch": "1.0"}')
+        archive.writestr("manifest.json", json.dumps({"format": artefacts.FORMAT, "torch": "1.0"}))
     assert f"it was made with torch 1.0, here it is {torch.__version__}" in warned()
     with pytest.raises(ValueError, match="call warmup"):
         mc.optimize(model, mask).save_compiled(path)
