@@ -139,7 +139,7 @@ def test_the_search_in_half_precision(dtype):
         return x
 
     weights = copy.deepcopy(model.state_dict())
-    mask = mc.learn(model, sample, 0.6, method=mc.Search(passes=10, reach=False), reuse="hold", progress=False)
+    mask = mc.learn(model, sample, 0.5, method=mc.Search(passes=20, reach=False), reuse="hold", progress=False)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
     def held_out(compute):
@@ -154,7 +154,8 @@ def test_the_search_in_half_precision(dtype):
 
     every_second = np.zeros_like(mask.compute)
     every_second[::2] = True
-    assert 0.3 < mask.compute.mean() < 0.7
+    program = mc.trace(model, torch.zeros(4, 4, dtype=dtype), torch.tensor(1.0))
+    assert mc.cost(program, mask).share <= mc.cost(program, mask.replace(every_second)).share + 0.01
     assert held_out(mask.compute) > held_out(every_second)
 
 
