@@ -145,12 +145,11 @@ def optimize(
     mode = compile_options.get("mode")
     if cuda_graphs and mode in WITHOUT_CUDA_GRAPHS:
         compile_options["mode"] = WITHOUT_CUDA_GRAPHS[mode]
-    if cuda_graphs and (compile_options.get("options") or {}).get("triton.cudagraphs"):
-        compile_options["options"] = {**compile_options["options"], "triton.cudagraphs": False}
+    asked = compile_options.get("options") or {}
+    if cuda_graphs and asked.get("triton.cudagraphs"):
+        compile_options["options"] = asked = {**asked, "triton.cudagraphs": False}
     # The buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region.
-    theirs = compile_options.get("mode") in WITHOUT_CUDA_GRAPHS or (compile_options.get("options") or {}).get(
-        "triton.cudagraphs"
-    )
+    theirs = compile_options.get("mode") in WITHOUT_CUDA_GRAPHS or asked.get("triton.cudagraphs")
     if regions and theirs:
         raise ValueError("regions cannot be CUDA graphs of Inductor's own; leave out regions=True, or cuda_graphs=False.")
     if regions is None:
