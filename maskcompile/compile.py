@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 from torch._inductor import config, list_mode_options, standalone_compile
+from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch.compiler import config as compiler_config
 from torch.fx import GraphModule
@@ -27,21 +30,43 @@ from passes.sizes import code_of, code_of_values, guards_in, holds, is_size
 #: (*tensor inputs, *cached reads) -> (*tensor results, *stores), or (*inputs, *weights, *sizes) -> outputs of a region
 Executable = Callable[..., Sequence[Tensor]]
 
+#: [*inputs, *weights, *sizes] -> outputs of a region, which may empty the list, to let go of inputs that only it still holds
+Boxed = Callable[[list[Any]], Sequence[Tensor]]
+
 Backend = str | Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """guards: what it takes for granted of its sizes, as code, see ``passes.sizes``. name: among saved ones."""
+@dataclass(eq=False)
+class CompiledRegion:
+    """A region, executable on the weights of any layer of the same structure, without gradients.
 
-    run: Executable
+    artefact: what the compiler returned. guards: what it takes for granted of its sizes, as code, see ``passes.sizes``. name:
+    among saved ones; empty where there is nothing to save, as of what takes no kernel (``x * 1.0``). run: executes it; the
+    region itself until its first call, then what that found, see ``_inner``.
+    """
+
+    artefact: Executable
     guards: str
     name: str
+    run: Boxed = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = self
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Tensor]:
+        if self.run is not self:  # another plan was the first
+            return self.run(inputs)
+        outputs, inner = _inner(self.artefact, inputs)
+        self.run = inner
+        return outputs
 
 
 #: What was compiled of regions in this process, by structure, backend and options: other masks, captures and denoisers with
 #: equal layers need not compile them again. Several for sizes that one cannot serve.
-_compiled: dict[str, list[_Compiled]] = {}
+_compiled: dict[str, list[CompiledRegion]] = {}
+
+#: Held while Inductor's code is watched.
+_watching = threading.RLock()
 
 #: Where Inductor says what it cannot save; whoever asks for a file is told by ``saved_regions``.
 _saving = logging.getLogger("torch._inductor.standalone_compile")
@@ -97,8 +122,8 @@ def _marking(compiled: Executable, symbolic: Sequence[Sequence[int]]) -> Executa
     return run
 
 
-def compile_region(region: Region, capture: Capture, backend: Backend, options: Mapping[str, Any]) -> Executable:
-    """A region, executable on the weights of any layer of the same structure; compiled once in this process.
+def compile_region(region: Region, capture: Capture, backend: Backend, options: Mapping[str, Any]) -> CompiledRegion:
+    """A region, compiled once in this process.
 
     What was compiled for other ``capture.sizes`` serves, where what the compiler took for granted then still holds.
 
@@ -110,12 +135,12 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
     known = _compiled.setdefault(key, [])
     for compiled in known:
         if holds(compiled.guards, values):
-            return compiled.run
+            return compiled
     graph_module = region_graph(region, capture)
     if only_views(graph_module):
-        known.append(_Compiled(graph_module, "", key))
+        known.append(CompiledRegion(graph_module, "", key))
     elif backend != "inductor" or not set(options) <= {"mode", "options"}:
-        known.append(_Compiled(compile_graph(graph_module, backend, options), "", key))
+        known.append(CompiledRegion(compile_graph(graph_module, backend, options), "", key))
     elif (loaded := _loaded(key, values)) is not None:
         known.append(loaded)
     else:
@@ -126,10 +151,69 @@ def compile_region(region: Region, capture: Capture, backend: Backend, options: 
                 raise
             # Inductor has faults of its own where sizes are symbols; the same with numbers may do.
             fixed, _ = _standalone(region_graph(region, capture, fixed=True), options)
-            known.append(_Compiled(_without_last(fixed, len(values)), code_of_values(values), key))
+            known.append(CompiledRegion(_without_last(fixed, len(values)), code_of_values(values), key))
         else:
-            known.append(_Compiled(run, guards, f"{key}.{sha256(guards.encode()).hexdigest()[:8]}" if values else key))
-    return known[-1].run
+            name = f"{key}.{sha256(guards.encode()).hexdigest()[:8]}" if values else key
+            nothing = getattr(run, "_artifacts", ()) is None and not config.force_disable_caches
+            known.append(CompiledRegion(run, guards, "" if nothing else name))
+    return known[-1]
+
+
+def _inner(artefact: Executable, inputs: list[Any]) -> tuple[Sequence[Tensor], Boxed]:
+    """(the outputs of a first call, what executes the later ones)
+
+    Of what Inductor compiled that is the code it generated, without what AOTAutograd puts around it and without a record in a
+    profile, where all that did was to hand on: one call of the code, with these very inputs, whose results are the outputs.
+    What else the wrappers may do is nothing to a region, which is a functional graph: mark inputs as changed, and switch
+    gradients off, as they are here. They hold on to the inputs, and are several Python functions for each region.
+    """
+    run = _boxed(artefact)
+    if not isinstance(artefact, CompiledArtifact):
+        return run(inputs), run
+    with _watched() as calls:
+        outputs = artefact(*inputs)
+    if len(calls) == 1:
+        graph, given, made = calls[0]
+        if graph.current_callable is not None and _same(given, inputs) and _same(made, outputs):
+            run = cast(Boxed, graph.current_callable)
+    inputs.clear()
+    return outputs, run
+
+
+def _boxed(executable: Executable) -> Boxed:
+    def run(inputs: list[Any]) -> Sequence[Tensor]:
+        arguments = tuple(inputs)
+        inputs.clear()
+        return executable(*arguments)
+
+    return run
+
+
+@contextmanager
+def _watched() -> Iterator[list[tuple[CompiledFxGraph, list[Any], Sequence[Tensor]]]]:
+    """This thread's calls of what Inductor compiled: (the graph, its inputs, its outputs)."""
+    calls: list[tuple[CompiledFxGraph, list[Any], Sequence[Tensor]]] = []
+    thread = threading.get_ident()
+    with _watching:
+        original = CompiledFxGraph.__call__
+
+        def watched(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
+            given = list(inputs)
+            made = original(graph, inputs)
+            if threading.get_ident() == thread:
+                calls.append((graph, given, made))
+            return made
+
+        try:
+            CompiledFxGraph.__call__ = watched  # type: ignore[method-assign, assignment]
+            yield calls
+        finally:
+            CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
+
+
+def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    """Whether they are the same objects, in the same order."""
+    return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
 
 
 def _standalone(graph_module: GraphModule, options: Mapping[str, Any]) -> tuple[Executable, str]:
@@ -166,25 +250,25 @@ def _settings() -> tuple[Any, ...]:
     )
 
 
-def _loaded(key: str, values: Sequence[int] = ()) -> _Compiled | None:
+def _loaded(key: str, values: Sequence[int] = ()) -> CompiledRegion | None:
     """A region of a file that serves sizes of these values, None where there is none, or it is damaged."""
     for name in [name for name in _loadable if name.partition(".")[0] == key and not name.endswith(GUARDS)]:
         try:
             guards = _loadable.get(name + GUARDS, b"").decode()
             if holds(guards, values):
-                return _Compiled(load_artefact(_loadable[name]), guards, name)
+                return CompiledRegion(load_artefact(_loadable[name]), guards, name)
         except Exception as error:  # of torch, which documents none
             del _loadable[name]
             warnings.warn(f"a region in a file of save_compiled is damaged, and compiled afresh: {error}.", stacklevel=2)
     return None
 
 
-def saved_regions(regions: Collection[Executable]) -> dict[str, bytes]:
+def saved_regions(regions: Collection[CompiledRegion]) -> dict[str, bytes]:
     """Those of the ``regions`` that Inductor compiled, as torch's artefacts, by name."""
     artefacts = {}
     for compiled in (compiled for several in _compiled.values() for compiled in several):
-        if compiled.run in regions and isinstance(compiled.run, CompiledArtifact):
-            artefacts[compiled.name] = _loadable.get(compiled.name) or to_bytes(compiled.run)
+        if compiled in regions and compiled.name and isinstance(compiled.artefact, CompiledArtifact):
+            artefacts[compiled.name] = _loadable.get(compiled.name) or to_bytes(compiled.artefact)
             if compiled.guards:
                 artefacts[compiled.name + GUARDS] = compiled.guards.encode()
     return artefacts

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from maskcompile.compile import Backend, Executable, compile_graph, compile_region
+from maskcompile.compile import Backend, CompiledRegion, Executable, compile_graph, compile_region
 from maskcompile.link import link
 from maskcompile.signature import Call, Key, describe
 from maskcompile.steps import Graph
@@ -45,7 +45,7 @@ class SignatureGraphs:
     graphs: dict[GraphKey, Graph] = field(default_factory=dict)
     partitions: dict[tuple[str, ...], Partition] = field(default_factory=dict)
     whole: dict[GraphKey, Executable] = field(default_factory=dict)
-    compiled: dict[Hashable, Executable] = field(default_factory=dict)
+    compiled: dict[Hashable, CompiledRegion] = field(default_factory=dict)
 
     def graph(self, key: GraphKey, blocks: tuple[str, ...]) -> Graph:
         """The graph of a plan for a mask of these blocks, made where it is needed for the first time."""
@@ -73,7 +73,7 @@ class SignatureGraphs:
             self.partitions[blocks] = partition(self.capture, blocks)
         regions = select_regions(self.capture, self.partitions[blocks], key, narrow=self._narrow)
 
-        def compiled(region: Region) -> Executable:
+        def compiled(region: Region) -> CompiledRegion:
             known = self.compiled.get(region.content)
             if known is None:
                 known = self.compiled[region.content] = compile_region(region, self.capture, self.backend, self.options)

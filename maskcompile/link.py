@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
-from maskcompile.compile import Executable
+from maskcompile.compile import CompiledRegion
 from passes.capture import Capture
 from passes.dependencies import result_nodes
 from passes.plan import GraphKey
@@ -17,41 +18,62 @@ from passes.regions import Region, renames, sizes_read, value_of
 
 @dataclass(frozen=True)
 class _Call:
-    """run: takes the values at ``inputs``, then the weights, and the sizes; its results are the values at ``outputs``.
+    """region: takes the values at ``inputs``, then the weights, and the sizes; its results are the values at ``outputs``.
 
     free: values that nobody reads from then on.
     """
 
-    run: Executable
+    region: CompiledRegion
     weights: tuple[Tensor | int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     free: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class Linked:
     """Executes a plan, region by region; takes and returns what a specialised graph does, see ``passes.specialise``.
 
-    size: how many values there are, the arguments first: for each coefficient a scalar, where the whole graph takes one vector.
+    It is one Python function, ``source``, a line for each region, as Inductor makes one of the kernels of a graph. A region is
+    handed what it is the last to read, and lets go of it as soon as it can, so that its results may lie where that was.
+
+    given: how many values are arguments: for each coefficient a scalar, where the whole graph takes one vector. weights:
+    values that are weights as they are, for a denoiser that returns one.
     """
 
-    calls: tuple[_Call, ...]
-    size: int
-    results: tuple[int, ...]
+    def __init__(self, calls: Sequence[_Call], given: int, results: Sequence[int], weights: dict[int, Tensor | int]) -> None:
+        self.source = _source(calls, given, results)
+        self._regions = {f"region{number}": call.region for number, call in enumerate(calls)}
+        self._names: dict[str, Any] = dict(self._regions)
+        self._names |= {f"weights{number}": call.weights for number, call in enumerate(calls)}
+        self._names |= {f"v{position}": weight for position, weight in weights.items()}
+        exec(compile(self.source, "<plan>", "exec"), self._names)
+        self._run: Callable[..., tuple[Tensor, ...]] = self._names.pop("run")
+        self._ran = False
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        values: list[Tensor | None] = [*arguments, *[None] * (self.size - len(arguments))]
-        for call in self.calls:
-            made = call.run(*[values[i] for i in call.inputs], *call.weights)
-            for position, tensor in zip(call.outputs, made, strict=True):
-                values[position] = tensor
-            for position in call.free:
-                values[position] = None
-        return tuple(values[i] for i in self.results)  # type: ignore[misc]
+        results = self._run(*arguments)
+        if not self._ran:
+            self._names.update({name: region.run for name, region in self._regions.items()})
+            self._ran = True
+        return results
 
 
-def link(capture: Capture, key: GraphKey, regions: Sequence[Region], compiled: Callable[[Region], Executable]) -> Linked:
+def _source(calls: Sequence[_Call], given: int, results: Sequence[int]) -> str:
+    def listed(positions: Iterable[int]) -> str:
+        return "".join(f"v{position}, " for position in positions)
+
+    lines = [f"def run({listed(range(given))}):"]
+    for number, call in enumerate(calls):
+        lines.append(f"    inputs = [{listed(call.inputs)}*weights{number}]")
+        mine = [position for position in call.free if position in call.inputs]
+        lines += [f"    del {listed(mine)}"] if mine else []
+        lines.append(f"    {listed(call.outputs)}= region{number}(inputs)")
+        unread = [position for position in call.free if position not in call.inputs]
+        lines += [f"    del {listed(unread)}"] if unread else []
+    return "\n".join([*lines, f"    return ({listed(results)})", ""])
+
+
+def link(capture: Capture, key: GraphKey, regions: Sequence[Region], compiled: Callable[[Region], CompiledRegion]) -> Linked:
     """What a specialised graph does, made of its regions, for calls of ``capture.sizes``.
 
     regions: of ``passes.regions.select_regions``. compiled: makes one executable.
@@ -83,15 +105,16 @@ def link(capture: Capture, key: GraphKey, regions: Sequence[Region], compiled: C
         outputs = tuple(places[node] for node in region.outputs)
         unfinished.append(_Call(compiled(region), weights, tuple(inputs), outputs, ()))
     wanted = [*result_nodes(capture), *(capture.marks[slot] for slot in key.stores)]
+    returned: dict[int, Tensor | int] = {}
     for node in wanted:
-        if node.op == "get_attr" and node not in places:  # a denoiser that returns a weight
+        if node.op == "get_attr" and node not in places:
             places[node], size = size, size + 1
-            unfinished.append(_Call(lambda weight: (weight,), (value_of(node, capture),), (), (places[node],), ()))
+            returned[places[node]] = value_of(node, capture)
     results = tuple(places[node] for node in wanted)
     calls: list[_Call] = []
     read_later = set(results)
     for call in reversed(unfinished):
         last = {*call.inputs, *call.outputs} - read_later
         read_later |= last
-        calls.append(replace(call, free=tuple(position for position in last if position >= given)))
-    return Linked(tuple(calls[::-1]), size, results)
+        calls.append(replace(call, free=tuple(sorted(position for position in last if position >= given))))
+    return Linked(calls[::-1], given, results, returned)

@@ -38,6 +38,7 @@ def captured(monkeypatch):
     capture = captures.capture
     monkeypatch.setattr(captures, "capture", counting)
     monkeypatch.setattr(captures, "_kept", WeakKeyDictionary())
+    monkeypatch.setattr(captures, "_loadable", {})
     return entries
 
 

@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor import standalone_compile
+from torch._inductor.standalone_compile import CompiledArtifact
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import maskcompile as mc
 from maskcompile import artefacts, graphs
@@ -152,7 +156,7 @@ def test_regions_get_what_they_were_compiled_for(name, monkeypatch):
             return results
 
         assert len(returned) == len(region.outputs)
-        return run
+        return compiling.CompiledRegion(run, "", "")
 
     monkeypatch.setattr(graphs, "compile_region", checked)
     case = denoiser(name)
@@ -388,6 +392,170 @@ def test_a_denoiser_that_returns_a_weight_and_its_input():
         x = latents(step)
         for ours, theirs in zip(fast(x, torch.tensor(t)), executor.step(step, x, torch.tensor(t)), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def take_the_artefacts(monkeypatch):
+    """Nothing is left of what Inductor returned but its code."""
+    known = [region for several in compiling._compiled.values() for region in several]
+    wrapped = [region for region in known if isinstance(region.artefact, CompiledArtifact)]
+    assert wrapped
+
+    def not_to_be_called(*arguments):
+        raise AssertionError("the artefact was called")
+
+    for region in wrapped:
+        monkeypatch.setattr(region.artefact, "_compiled_fn", not_to_be_called)
+
+
+def test_later_calls_do_without_the_wrappers_of_autograd(monkeypatch):
+    """Inductor's code alone is called then, by all masks, and gives what the hook executor gives."""
+    monkeypatch.setattr(compiling, "_compiled", {})
+    case = denoiser("dit")
+    args, kwargs = case.inputs(2, TIMESTEPS[0], 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    first, second = masks(program, 2, "linear")
+    fast = mc.optimize(case.model, first)
+
+    def run(mask):
+        fast.set_mask(mask)
+        for step, t in enumerate(TIMESTEPS):
+            args, kwargs = case.inputs(2, t, step)
+            yield args, kwargs, tensors_of(fast(*args, **kwargs))
+
+    for mask in (first, second):
+        list(run(mask))
+    take_the_artefacts(monkeypatch)
+    for mask in (first, second):
+        executor = Executor(case.model, program.names, mask.compute, order=1)
+        for step, (args, kwargs, results) in enumerate(run(mask)):
+            for ours, theirs in zip(results, tensors_of(executor.step(step, *args, **kwargs)), strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("how", ["any batch", "loaded"])
+def test_so_do_regions_for_any_batch_and_those_of_a_file(how, monkeypatch, tmp_path):
+    model = Chain().eval()
+    model.gain = 2.0  # of 1, nothing is compiled
+    mask = mc.Mask.full(["a", "b", "c"], [900, 100])
+    monkeypatch.setattr(compiling, "_compiled", {})
+    monkeypatch.setattr(compiling, "_loadable", {})
+    fast = mc.optimize(model, mask, dynamic=how == "any batch")
+    if how == "loaded":
+        fast.warmup(latents(0), torch.tensor(900))
+        fast.save_compiled(tmp_path / "chain")
+        monkeypatch.setattr(compiling, "_compiled", {})
+        monkeypatch.setattr(compiling, "_standalone", None)  # nothing is compiled
+        fast = mc.optimize(model, mask, compiled=tmp_path / "chain")
+    fast(latents(0), torch.tensor(900))
+    take_the_artefacts(monkeypatch)
+    for batch in (2, 2) if how == "loaded" else (2, 5):
+        sample = torch.randn(batch, 4)
+        torch.testing.assert_close(fast(sample, torch.tensor(100)), model(sample, torch.tensor(100)))
+
+
+def artefact_of(function, inputs):
+    graph = make_fx(function, tracing_mode="fake")(*inputs)
+    likes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    return standalone_compile(graph, likes, dynamic_shapes="from_graph", options={})
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda code: lambda x, y: [made + 1 for made in code(x, y)],
+        lambda code: lambda x, y: code(x + 1, y),
+        lambda code: lambda x, y: code(y, x),
+        lambda code: lambda x, y: code(code(x, y)[0], y),
+        lambda code: lambda x, y: code(x, y)[::-1],
+        lambda code: lambda x, y: [x * y - 1, x + 1],
+    ],
+)
+def test_wrappers_that_do_something_stay(wrapper):
+    inputs = [torch.randn(4, 6) for _ in range(2)]
+    artefact = artefact_of(lambda x, y: (x * y - 1, x + 1), inputs)
+    wrapped = artefact._compiled_fn = wrapper(artefact._compiled_fn)
+    outputs, later = compiling._inner(artefact, list(inputs))
+    others = [torch.randn(4, 6) for _ in range(2)]
+    for made, expected in ((outputs, wrapped(*inputs)), (later(list(others)), wrapped(*others))):
+        for one, other in zip(made, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: (x * y, x + 1),
+        lambda x, y: (x.view(-1), x * y),  # shares memory with an input
+        lambda x, y: (x, x * y),
+        lambda x, y: (y * 2, x.add_(1)),  # changes one
+        lambda x, y: ((x * y).view(-1), (x * y).t()),
+    ],
+)
+def test_what_the_function_does_is_kept(function):
+    """A later call does to its inputs, and returns, what the function does, memory that they share included."""
+
+    def inputs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(4, 6, generator=generator) for _ in range(2)]
+
+    outputs, later = compiling._inner(artefact_of(function, inputs(0)), inputs(0))
+    for seed, run in ((0, lambda _: outputs), (1, later), (2, later)):
+        ours, theirs = inputs(seed), inputs(seed)
+        made, expected = run(list(ours)), function(*theirs)
+        for one, other in zip(made, expected, strict=True):
+            torch.testing.assert_close(one, other)
+            if seed:
+                shares = [one.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in ours]
+                assert shares == [other.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in theirs]
+        if seed:
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("whose", ["Inductor's", "another backend's"])
+def test_a_region_lets_go_of_what_only_it_reads(whose, monkeypatch, compiled):
+    """It is gone when the region returns, or is what the region returns."""
+    outputs, gone, last, inner = [], [], {}, compiling._inner
+
+    def watching(artefact, inputs):
+        results, run = inner(artefact, inputs)
+
+        def watched(inputs):
+            last.update({n: len(gone) for n, output in enumerate(outputs) if any(output() is x for x in inputs)})
+            made = run(inputs)
+            gone.append({n for n, output in enumerate(outputs) if output() is None or any(output() is x for x in made)})
+            outputs.extend(weakref.ref(tensor) for tensor in made)
+            return made
+
+        return results, watched
+
+    monkeypatch.setattr(compiling, "_inner", watching)
+    model = Chain().eval()
+    backend = "inductor" if whose == "Inductor's" else compiled[0]
+    fast = mc.optimize(model, mc.Mask.full(["a", "b", "c"], [900, 100]), backend=backend)
+    fast(latents(0), torch.tensor(900))
+    assert not outputs
+    sample = latents(1)
+    result = fast(sample, torch.tensor(100))
+    torch.testing.assert_close(result, model(sample, torch.tensor(100)))
+    assert len(last) > 2
+    for output, call in last.items():
+        assert output in gone[call]
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_takes_no_kernel_is_no_obstacle_to_saving(monkeypatch, tmp_path):
+    """Multiplied by 1, the result of c is as it was: Inductor compiles nothing, and keeps nothing."""
+    monkeypatch.setattr(compiling, "_compiled", {})
+    monkeypatch.setattr(compiling, "_loadable", {})
+    model = Chain().eval()
+    mask = mc.Mask.full(["a", "b", "c"], [900, 100])
+    fast = mc.optimize(model, mask)
+    fast.warmup(latents(0), torch.tensor(900))
+    fast.save_compiled(tmp_path / "chain")
+    monkeypatch.setattr(compiling, "_compiled", {})
+    again = mc.optimize(model, mask, compiled=tmp_path / "chain")
+    torch.testing.assert_close(again(latents(0), torch.tensor(900)), model(latents(0), torch.tensor(900)))
 
 
 def test_what_torch_kept_nothing_of_cannot_be_saved(tmp_path, monkeypatch):

@@ -248,13 +248,14 @@ def test_inductor_fuses_it(name, added):
     for reuse in ("hold", "linear"):
         torch._dynamo.reset()
         mask = mc.schedules.uniform(program, case.timesteps, 2, reuse=reuse)
-        fast = mc.optimize(case.model, mask, regions=False, options={"force_disable_caches": True})
+        fast = mc.optimize(case.model, mask, regions=False)
         counts = []
-        for step, t in enumerate(case.timesteps[:4]):
-            metrics.reset()
-            args, kwargs = case.inputs(2, t, step)
-            fast(*args, **kwargs)
-            counts.append(metrics.generated_kernel_count)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            for step, t in enumerate(case.timesteps[:4]):
+                metrics.reset()
+                args, kwargs = case.inputs(2, t, step)
+                fast(*args, **kwargs)
+                counts.append(metrics.generated_kernel_count)
         kernels[reuse] = counts
     # Steps 0 and 1 compute and hold under both rules, step 3 is the first that extrapolates.
     assert kernels["hold"][:2] == kernels["linear"][:2]
