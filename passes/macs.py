@@ -6,6 +6,8 @@ attention (both of its products) only: the convention of the DiT and DDPM papers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -14,9 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from passes.sizes import Sizes, shape_at, value_at
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of both products, from the shapes [batch, heads, tokens, width]."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+# Torch before 2.15 counts what attention becomes on a GPU and on the meta device, but not what it becomes on a CPU.
+if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
+    register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(_attention_flops)
 
 
 def count_macs(graph_module: GraphModule, sizes: Sizes | None = None) -> dict[Node, int]:

@@ -195,3 +195,21 @@ def test_tables_filled_while_tracing_do_not_stay_fake():
     assert type(model.last) is torch.Tensor
     assert type(model.table[sample.shape]) is torch.Tensor
     assert torch.isfinite(model(sample, 5)).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_both_products_of_attention_count(device):
+    """By hand, on every device: projections of 3 x 5 x 8 numbers to 16, and for 2 heads of width 8, 5 x 5 scores and their sums."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(8, 16, bias=False)
+
+        def forward(self, sample, timestep):
+            heads = self.project(sample * timestep).unflatten(-1, (2, 8)).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+    model = Attention().eval().to(device)
+    program = mc.trace(model, torch.randn(3, 5, 8, device=device), torch.ones((), device=device))
+    assert program.macs == 3 * 5 * 8 * 16 + 3 * 2 * (5 * 5 * 8) * 2
