@@ -584,7 +584,8 @@ class OptimizedDenoiser(DropIn):
     def save_compiled(self, path: str | os.PathLike[str]) -> None:
         """Write what was captured and compiled so far to a file, for ``optimize(..., compiled=path)`` in another process.
 
-        Captures for any batch are left out, and those of denoisers whose code or settings another process could not compare.
+        Captures for any batch are left out, and those of denoisers whose code or settings another process could not compare;
+        also regions of which torch keeps nothing, such as those that take no kernel. They are made afresh there.
 
         That process needs torch of the same version and the same kind of processor and GPU. It takes a capture for a denoiser
         with the same code, settings and shapes of weights and inputs, and checks it against that denoiser. Raises ValueError
