@@ -6,9 +6,12 @@ computes what a specialised graph computes, except that nothing is left out.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from passes.capture import MARK, Capture, Slot
@@ -24,19 +27,52 @@ def blendable(capture: Capture, blocks: Sequence[str]) -> tuple[Slot, ...]:
     return tuple(slot for slot in slots if capture.marks[slot].meta["val"].is_floating_point())
 
 
+class _Blend(torch.autograd.Function):
+    """``cached + score (fresh - cached)``, whose gradient can leave out the way through ``fresh``."""
+
+    @staticmethod
+    def forward(ctx: Any, fresh: Tensor, cached: Tensor, score: Tensor, through: bool) -> Tensor:
+        ctx.set_materialize_grads(False)
+        change = fresh - cached
+        ctx.save_for_backward(change, score)
+        ctx.through = through
+        return cached + change * score.to(change.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, slope: Tensor | None) -> tuple[Tensor | None, ...]:
+        if slope is None:
+            return None, None, None, None
+        change, score = ctx.saved_tensors
+        own = score.to(slope.dtype)
+        return (
+            slope * own if ctx.through else None,
+            slope * (1 - own) if ctx.needs_input_grad[1] else None,
+            (slope * change).sum(dtype=score.dtype) if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+def blend(fresh: Tensor, cached: Tensor, score: Tensor, through: bool) -> Tensor:
+    """``cached + score (fresh - cached)``, in the dtype of ``fresh``. score: 0-d. Only where ``through``, which may be False
+    where the score is 0, a gradient is taken through ``fresh``: autograd then skips what the block computed."""
+    blended: Tensor = _Blend.apply(fresh, cached, score, through)
+    return blended
+
+
 def relax(capture: Capture, blocks: Sequence[str]) -> GraphModule:
-    """Build the graph ``(*tensor inputs, *cached, scores) -> (*tensor results, *fresh)``, sharing weights.
+    """Build the graph ``(*tensor inputs, *cached, scores, through) -> (*tensor results, *fresh)``, sharing weights.
 
     cached, fresh: one for each slot of ``blendable(capture, blocks)``: what takes the part of the block's output where its
-    score is 0, and what the block computed. scores: float [len(blocks)], one for all outputs of all calls of a block.
-    Differentiable in cached and scores. Outputs that are not floating point are fresh.
+    score is 0, and what the block computed. scores: float [len(blocks)], one for all outputs of all calls of a block. through:
+    one bool for each block, see ``blend``. Differentiable in cached and scores. Outputs that are not floating point are fresh.
     """
     slots = blendable(capture, blocks)
     column = {block: index for index, block in enumerate(blocks)}
     graph = Graph()
     copies: dict[Node, Node] = {node: graph.node_copy(node) for node in capture.inputs}
     cached = {capture.marks[slot]: graph.placeholder(f"maskcompile_cached_{i}") for i, slot in enumerate(slots)}
-    scores = graph.placeholder("maskcompile_scores")
+    scores, through = graph.placeholder("maskcompile_scores"), graph.placeholder("maskcompile_through")
     fresh: dict[Node, Node] = {}
     for node in capture.graph_module.graph.nodes:
         if node in copies or node.op in ("placeholder", "output"):
@@ -47,10 +83,9 @@ def relax(capture: Capture, blocks: Sequence[str]) -> GraphModule:
         fresh[node] = copies[node.args[0]]
         copies[node] = fresh[node]
         if node in cached:
-            score = graph.call_function(aten.select.int, (scores, 0, column[node.args[1]]))
-            # In the dtype of the block, which a float32 score would not change as a 0-d tensor.
-            difference = graph.call_function(aten.sub.Tensor, (fresh[node], cached[node]))
-            change = graph.call_function(aten.mul.Tensor, (difference, score))
-            copies[node] = graph.call_function(aten.add.Tensor, (cached[node], change))
+            at = column[node.args[1]]
+            score = graph.call_function(aten.select.int, (scores, 0, at))
+            passes = graph.call_function(operator.getitem, (through, at))
+            copies[node] = graph.call_function(blend, (fresh[node], cached[node], score, passes))
     graph.output((*(copies[node] for node in result_nodes(capture)), *(fresh[capture.marks[slot]] for slot in slots)))
     return GraphModule(capture.graph_module, graph, class_name="RelaxedDenoiser")

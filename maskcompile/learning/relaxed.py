@@ -52,8 +52,9 @@ class RelaxedDenoiser:
         """(error, its gradient in ``scores``) of one step: one forward and one backward of the denoiser for each call.
 
         error: squared difference of the denoiser's outputs from the recorded ones, as a share of their power. scores: float32
-        [blocks], 1 computes, 0 takes what ``cached`` has. Both results are detached.
+        [blocks], 1 computes, 0 takes what ``cached`` has: the backward skips such blocks. Both results are detached.
         """
+        through = [score != 0 for score in scores.tolist()]
         total, gradient = torch.zeros((), device=scores.device), torch.zeros_like(scores)
         for position, recorded in enumerate(calls):
             graphs = self._of(recorded.call)
@@ -61,7 +62,7 @@ class RelaxedDenoiser:
             stored = cached[min(position, len(cached) - 1)]
             weights = {name: p.detach() for name, p in graphs.relaxed.named_parameters()}
             with torch.enable_grad():
-                inputs = (*recorded.call.tensors, *(stored[slot] for slot in graphs.slots), own)
+                inputs = (*recorded.call.tensors, *(stored[slot] for slot in graphs.slots), own, through)
                 outputs = torch.func.functional_call(graphs.relaxed, weights, inputs)[: graphs.results]
                 parts = [
                     (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean().clamp_min(1e-20)
