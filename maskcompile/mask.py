@@ -429,6 +429,11 @@ def check_blocks(captured: Capture, mask: Mask) -> None:
             f"block {opaque[0]!r} returns no tensor that torch's pytree can see, so nothing of it can be reused; "
             "use the blocks within it, or register its return type with torch.utils._pytree."
         )
+    if unsized := [block for block in mask.blocks if block in captured.unsized]:
+        raise MaskError(
+            f"the values of tensors decide on the shape of what block {unsized[0]!r} returns, so the captured graph cannot "
+            "reuse it; without a program, optimize skips it module by module."
+        )
 
 
 def _sequence(values: Any, what: str) -> tuple[Any, ...]:

@@ -438,6 +438,11 @@ class OptimizedDenoiser(DropIn):
                 f"{type(self.original).__name__} (weights {', '.join(weights)}) does not run on these inputs "
                 f"({describe(call)}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
+        if unsized := [block for block in self._mask.blocks if block in made.capture.unsized]:
+            raise CaptureError(
+                f"{type(self.original).__name__} cannot be captured: the values of tensors decide on the shape of what "
+                f"{unsized[0]!r} returns."
+            )
         check_blocks(made.capture, self._mask)
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from passes.macs import count_macs
@@ -83,6 +84,7 @@ class Capture:
     outputs: the leaves of the result, a Node or a constant each; ``out_spec`` puts them together again.
     calls: the marked module calls that returned tensors which the denoiser uses, in the order in which they returned.
     opaque: marked modules that were called and returned no tensor that pytree can see; they cannot be blocks.
+    unsized: marked modules whose outputs have shapes that the values of tensors decide on; nor can these, in a graph.
     marks: the mark node of each slot.
     macs: multiply-accumulates of each node that has any.
     sizes: of the symbols in the shapes of the graph, at the call that it is looked at for; empty in a capture for one batch.
@@ -98,6 +100,7 @@ class Capture:
     out_spec: pytree.TreeSpec
     calls: tuple[BlockCall, ...]
     opaque: frozenset[str]
+    unsized: frozenset[str]
     marks: Mapping[Slot, Node]
     macs: Mapping[Node, int]
     sizes: Sizes = field(default_factory=dict)
@@ -147,7 +150,7 @@ def capture(
     """
 
     def export(expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: Mapping[int, int]) -> Made:
-        with _marking(model, set(marked)) as trail:
+        with _marking(model, set(marked)) as trail, _Traced():
             try:
                 symbolic = _symbolic(args, kwargs, at)
                 exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=symbolic)
@@ -161,11 +164,25 @@ def capture(
             )
         graph_module = exported.module(check_guards=False)
         assert isinstance(graph_module, GraphModule)
+        # Which of reshape's two ways was taken is the fake tensor's, whose strides are not always those of what a kernel returns.
+        for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
+        graph_module.recompile()
         out_spec = exported.call_spec.out_spec
         assert out_spec is not None
         return graph_module, out_spec, trail.calls, _first_parameter(model, args, kwargs)
 
     return captured_at(model, args, kwargs, batch, export)
+
+
+_DATA: Any = Tensor.data
+
+
+class _Traced(TorchFunctionMode):
+    """Makes ``tensor.detach()`` of ``tensor.data``, of which torch.export keeps no record; the same where no gradient is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].detach() if func == _DATA.__get__ else func(*args, **(kwargs or {}))
 
 
 #: A graph with marks, the structure of its outputs, the calls of marked modules, and which input carries the noisy sample.
@@ -438,6 +455,9 @@ def _read(
     inputs = tuple(p for p, leaf in zip(placeholders, leaves, strict=True) if isinstance(leaf, Tensor))
     (output,) = (node for node in nodes if node.op == "output")
     marks = {Slot(*node.args[1:]): node for node in nodes if node.target is MARK}
+    given = symbols_of([node.meta["val"] for node in inputs])
+    unsized = {slot.block for slot, node in marks.items() if symbols_of(node.meta["val"]) - given}
+    marks = {slot: node for slot, node in marks.items() if slot.block not in unsized}
     # A slot without a mark was computed and thrown away by the model itself (a last block's second output, say).
     used = {(c.block, c.call): tuple(slot for slot in c.slots if slot in marks) for c in calls}
     kept = tuple(
@@ -454,6 +474,7 @@ def _read(
         out_spec=out_spec,
         calls=kept,
         opaque=frozenset(c.block for c in calls if not c.slots),
+        unsized=frozenset(unsized),
         marks=marks,
         macs={} if any(symbols_of(node.meta["val"]) for node in inputs) else count_macs(graph_module),
     )

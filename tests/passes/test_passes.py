@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from passes.rectify import rectify
 from passes.reuse import Rules
 from passes.specialise import specialise
 from tests.denoisers import denoiser
+from tests.executor import Executor
 from tests.toys import Chain
 
 A, B, C = Slot("a", 0, 0), Slot("b", 0, 0), Slot("c", 0, 0)
@@ -147,7 +150,82 @@ def test_a_denoiser_that_cannot_be_captured_is_named_with_its_operation():
     assert not model.router._forward_hooks
 
 
-def test_a_denoiser_that_writes_to_its_buffers_is_refused():
+class Picking(nn.Module):
+    """A block that computes only what a mask keeps, as HunyuanVideo's frame packing does with captions."""
+
+    def __init__(self, returns_them):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4))
+        self.returns_them = returns_them
+
+    def forward(self, x, kept):
+        at = kept.nonzero().squeeze(1)
+        done = self.layers(x[:, at])
+        return done if self.returns_them else x.index_copy(1, at, done)
+
+
+class OfTheKept(nn.Module):
+    def __init__(self, returns_them):
+        super().__init__()
+        self.first, self.second = Picking(False), Picking(returns_them)
+
+    def forward(self, sample, timestep, kept):
+        x = self.first(sample * (1 + timestep / 1000), kept)
+        return x + self.second(x, kept).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("returns_them", [False, True])
+def test_a_block_whose_shape_depends_on_values_is_no_block_of_a_graph(returns_them):
+    """Within a block they may decide on shapes, but what a block returns is stored, and has to be known beforehand."""
+    torch.manual_seed(0)
+    model, times = OfTheKept(returns_them).eval(), (900.0, 500.0, 100.0)
+    sample, kept = torch.randn(2, 6, 4), torch.tensor([1, 0, 1, 1, 0, 0])
+    names = ("first", "second")
+    program = mc.trace(model, sample, 900.0, kept, blocks=names)
+    assert program.names == (names[:1] if returns_them else names)
+    compute = np.array([[True, True], [False, True], [True, False]])
+    mask = mc.Mask(compute, blocks=names, timesteps=times)
+    if returns_them:
+        with pytest.raises(mc.MaskError, match="decide on the shape of what block 'second' returns"):
+            mc.cost(program, mask)
+    fast, executor = mc.optimize(model, mask, backend="eager"), Executor(model, names, compute)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*the shape of what 'second' returns.*skipped module by module")
+        for step, time in enumerate(times):
+            expected = executor.step(step, sample, time, kept)
+            assert torch.equal(fast(sample, time, kept), expected)
+    assert bool(fast.report().uncaptured) == returns_them
+    once = mc.optimize(model, mc.Mask(compute[:, :1], blocks=names[:1], timesteps=times), backend="eager")
+    executor = Executor(model, names[:1], compute[:, :1])
+    for step, (time, others) in enumerate(zip(times, (kept, 1 - kept, torch.ones_like(kept)), strict=True)):
+        assert torch.equal(once(sample, time, others), executor.step(step, sample, time, others))
+    assert not once.report().uncaptured
+
+
+def test_what_is_written_through_data_is_captured():
+    class Positions(nn.Module):
+        """As CogVideoX makes them for pictures of another size than its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            positions = torch.arange(4, dtype=sample.dtype) * timestep
+            joint = positions.new_zeros(4)
+            joint.data[1:].copy_(positions[1:])
+            return self.layer(sample) + joint
+
+    model, sample = Positions().eval(), torch.randn(2, 4)
+    program = mc.trace(model, sample, torch.tensor(5.0))
+    with torch.no_grad():
+        other = torch.randn(2, 4), torch.tensor(7.0)
+        torch.testing.assert_close(program.capture.graph_module(*other), model(*other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_denoiser_that_writes_to_its_buffers_is_refused(through_data):
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
@@ -155,7 +233,7 @@ def test_a_denoiser_that_writes_to_its_buffers_is_refused():
             self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, sample, timestep):
-            self.calls.add_(1)
+            (self.calls.data if through_data else self.calls).add_(1)
             return self.layer(sample)
 
     with pytest.raises(CaptureError, match="Counting writes to 'calls'"):
