@@ -29,6 +29,11 @@ _SD3 = {
     "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2,
     "joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 12, "pos_embed_max_size": 8,
 }  # fmt: skip
+_COGVIDEOX = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "time_embed_dim": 2, "text_embed_dim": 8,
+    "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "patch_size": 2, "temporal_compression_ratio": 4,
+    "max_text_seq_length": 8,
+}  # fmt: skip
 
 
 def _ids(noise: Any, image: int, text: int, axes: int) -> dict[str, Any]:
@@ -55,6 +60,15 @@ ROWS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
             "sample": noise(b, 4, 8, 8), "encoder_hidden_states": noise(b, 5, 16),
             "added_cond_kwargs": {"text_embeds": noise(b, 8), "time_ids": noise(b, 6)},
         },
+        "timestep",
+    ),
+    "unet_ncsnpp": (  # its filters move pictures to one channel and back, where strides are ambiguous
+        "UNet2DModel",
+        {
+            "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": None, "time_embedding_type": "fourier",
+            "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"), "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        },
+        lambda noise, b: {"sample": noise(b, 3, 16, 16)},
         "timestep",
     ),
     "unet_spatio_temporal": (
@@ -154,12 +168,14 @@ ROWS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     ),
     "cogvideox": (
         "CogVideoXTransformer3DModel",
-        {
-            "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "time_embed_dim": 2, "text_embed_dim": 8,
-            "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "patch_size": 2, "temporal_compression_ratio": 4,
-            "max_text_seq_length": 8,
-        },
+        _COGVIDEOX,
         lambda noise, b: {"hidden_states": noise(b, 2, 4, 8, 8), "encoder_hidden_states": noise(b, 8, 8)},
+        "timestep",
+    ),
+    "cogvideox_longer": (  # than its table of positions
+        "CogVideoXTransformer3DModel",
+        _COGVIDEOX,
+        lambda noise, b: {"hidden_states": noise(b, 3, 4, 8, 8), "encoder_hidden_states": noise(b, 8, 8)},
         "timestep",
     ),
     "cogview3": (
@@ -237,6 +253,12 @@ ROWS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
         "timestep",
     ),
     "wan": ("WanTransformer3DModel", _WAN, _video, "timestep"),
+    "wan_vace": (
+        "WanVACETransformer3DModel",
+        {**_WAN, "vace_layers": [0], "vace_in_channels": 12},
+        lambda noise, b: {**_video(noise, b), "control_hidden_states": noise(b, 12, 2, 8, 8)},
+        "timestep",
+    ),
     "ltx": (
         "LTXVideoTransformer3DModel",
         {
@@ -246,6 +268,20 @@ ROWS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
         lambda noise, b: {
             "hidden_states": noise(b, 32, 4), "encoder_hidden_states": noise(b, 6, 16), "encoder_attention_mask": torch.ones(b, 6, dtype=torch.bool),
             "num_frames": 2, "height": 4, "width": 4,
+        },
+        "timestep",
+    ),
+    "ltx2": (
+        "LTX2VideoTransformer3DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2,
+            "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16, "caption_channels": 16,
+        },
+        lambda noise, b: {
+            "hidden_states": noise(b, 32, 4), "audio_hidden_states": noise(b, 5, 4), "encoder_hidden_states": noise(b, 6, 16),
+            "audio_encoder_hidden_states": noise(b, 6, 16), "encoder_attention_mask": torch.ones(b, 6, dtype=torch.bool),
+            "num_frames": 2, "height": 4, "width": 4, "fps": 25.0, "audio_num_frames": 5,
         },
         "timestep",
     ),
