@@ -52,7 +52,7 @@ class Uncaptured:
     """A denoiser at one input signature of which there is no graph.
 
     leaves, spec: of (args, kwargs) in canonical form, TENSOR for the tensors. reason: what the capture said. hooked: whether
-    only because of hooks that move weights about.
+    only because of hooks that move weights about. of_mask: whether only because of blocks that the mask names.
     """
 
     leaves: tuple[Any, ...]
@@ -60,12 +60,13 @@ class Uncaptured:
     described: str
     reason: str
     hooked: bool
+    of_mask: bool
 
     @staticmethod
-    def of(call: Call, reason: str, hooked: bool) -> Uncaptured:
+    def of(call: Call, reason: str, hooked: bool, of_mask: bool) -> Uncaptured:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         kept = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return Uncaptured(kept, spec, describe(call), reason, hooked)
+        return Uncaptured(kept, spec, describe(call), reason, hooked, of_mask)
 
     def arguments(self, tensors: Sequence[Tensor]) -> Any:
         """(args, kwargs) with these tensors."""

@@ -431,8 +431,8 @@ def check_blocks(captured: Capture, mask: Mask) -> None:
         )
     if unsized := [block for block in mask.blocks if block in captured.unsized]:
         raise MaskError(
-            f"the values of tensors decide on the shape of what block {unsized[0]!r} returns, so the captured graph cannot "
-            "reuse it; without a program, optimize skips it module by module."
+            f"the values of tensors decide on the shape or strides of what block {unsized[0]!r} returns, so the captured graph "
+            "cannot reuse it; use other blocks (optimize skips such ones module by module, in eager PyTorch)."
         )
 
 

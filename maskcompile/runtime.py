@@ -80,6 +80,10 @@ class _Counts:
     skipped: int = 0
 
 
+class _OtherBlocks(CaptureError):
+    """The graph cannot reuse a block of the mask."""
+
+
 class _Trajectories:
     """The runs in progress of one thread."""
 
@@ -162,6 +166,10 @@ class OptimizedDenoiser(DropIn):
             if not marked.issuperset(mask.blocks):  # a leaf module, which captures so far did not mark
                 self._captures.clear()
                 self._marked = marked | set(mask.blocks)
+            for key in [key for key, made in self._captures.items() if made.capture.cannot_reuse.intersection(mask.blocks)]:
+                del self._captures[key]
+            for key in [key for key, found in self._uncaptured.items() if found.of_mask]:
+                del self._uncaptured[key]
             self._mask = mask
             self._clock = Clock(mask)
             self._schedules: dict[tuple[Key, Course], Schedule] = {}
@@ -409,11 +417,12 @@ class OptimizedDenoiser(DropIn):
         check_runnable(self.original)
         before = fingerprint(self.original)
         reason = hook = find_hook(self.original)
+        of_mask = False
         if hook is None:
             try:
                 self._captures[call.key] = self._serving(call)
             except CaptureError as error:
-                reason = str(error)
+                reason, of_mask = str(error), isinstance(error, _OtherBlocks)
         if reason is not None:
             if not self._warned_uncaptured:
                 reason = reason.rstrip(".")
@@ -421,7 +430,7 @@ class OptimizedDenoiser(DropIn):
                     f"{reason}. Its blocks are skipped module by module, in eager PyTorch: nothing is compiled.", stacklevel=2
                 )
             self._warned_uncaptured = True
-            self._uncaptured[call.key] = Uncaptured.of(call, reason, hook is not None)
+            self._uncaptured[call.key] = Uncaptured.of(call, reason, hook is not None, of_mask)
             self._fingerprint = fingerprint(self.original)
             self._volatile |= changes(before, self._fingerprint)
 
@@ -438,15 +447,15 @@ class OptimizedDenoiser(DropIn):
                 f"{type(self.original).__name__} (weights {', '.join(weights)}) does not run on these inputs "
                 f"({describe(call)}): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
-        if unsized := [block for block in self._mask.blocks if block in made.capture.unsized]:
-            raise CaptureError(
-                f"{type(self.original).__name__} cannot be captured: the values of tensors decide on the shape of what "
-                f"{unsized[0]!r} returns."
-            )
-        check_blocks(made.capture, self._mask)
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)
         self._volatile |= made.volatile
+        if unsized := [block for block in self._mask.blocks if block in made.capture.unsized]:
+            raise _OtherBlocks(
+                f"{type(self.original).__name__} cannot be captured: the values of tensors decide on the shape or strides of "
+                f"what {unsized[0]!r} returns."
+            )
+        check_blocks(made.capture, self._mask)
         found = SignatureGraphs(
             made.capture,
             call.key,

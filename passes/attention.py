@@ -75,15 +75,17 @@ def _product(node: Node, near: int) -> Node | None:
     """The product of matrices that ``node`` is made of by operations that keep the number of elements."""
     if _operation(node) in _PRODUCTS:
         return node
-    for source in node.all_input_nodes if near else ():
+    for source in node.all_input_nodes if near and _elements(node) is not None else ():
         if _elements(source) == _elements(node) and (found := _product(source, near - 1)) is not None:
             return found
     return None
 
 
 def _elements(node: Node) -> int | None:
+    """None for what is no tensor, and where the values of tensors decide on it."""
     value = node.meta.get("val")
-    return int(value.numel()) if isinstance(value, Tensor) else None
+    number = value.numel() if isinstance(value, Tensor) else None
+    return number if isinstance(number, int) else None
 
 
 def _operation(node: Node) -> Any:
@@ -104,8 +106,9 @@ def _follow_axes(capture: Capture) -> dict[Node, Axes]:
         if isinstance(value, (tuple, list)) and value:  # split, unbind: ``getitem`` takes one, and all are alike in their axes
             value = value[0]
         if node.op == "call_function" and isinstance(value, Tensor) and any(s in known for s in node.all_input_nodes):
-            size = [int(s) for s in value.shape]
-            known[node] = _RULES.get(_operation(node), _elementwise)(node, known, size)
+            size = [s if isinstance(s, int) else 1 for s in value.shape]
+            sized = all(isinstance(s, int) for s in value.shape)  # else the values of tensors decide on them
+            known[node] = (_RULES.get(_operation(node), _elementwise) if sized else _unknown)(node, known, size)
     return known
 
 

@@ -84,7 +84,7 @@ class Capture:
     outputs: the leaves of the result, a Node or a constant each; ``out_spec`` puts them together again.
     calls: the marked module calls that returned tensors which the denoiser uses, in the order in which they returned.
     opaque: marked modules that were called and returned no tensor that pytree can see; they cannot be blocks.
-    unsized: marked modules whose outputs have shapes that the values of tensors decide on; nor can these, in a graph.
+    unsized: marked modules whose outputs have shapes or strides that the values of tensors decide on; nor can these.
     marks: the mark node of each slot.
     macs: multiply-accumulates of each node that has any.
     sizes: of the symbols in the shapes of the graph, at the call that it is looked at for; empty in a capture for one batch.
@@ -106,6 +106,11 @@ class Capture:
     sizes: Sizes = field(default_factory=dict)
     guards: tuple[Any, ...] = ()
     code: frozenset[str] | None = None
+
+    @property
+    def cannot_reuse(self) -> frozenset[str]:
+        """Marked modules that cannot be blocks."""
+        return self.opaque | self.unsized
 
 
 def composite_modules(model: nn.Module) -> list[str]:
@@ -158,16 +163,19 @@ def capture(
             except Exception as error:
                 raise CaptureError(_describe(model, error, trail.open)) from error
         signature = exported.graph_signature
-        if written := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
+        mutated = signature.buffers_to_mutate, signature.parameters_to_mutate, signature.user_inputs_to_mutate
+        if written := [name for names in mutated for name in names.values()]:
             raise CaptureError(
                 f"{type(model).__name__} writes to {written[0]!r} in its forward; a captured graph must not have side effects."
             )
         graph_module = exported.module(check_guards=False)
         assert isinstance(graph_module, GraphModule)
-        # Which of reshape's two ways was taken is the fake tensor's, whose strides are not always those of what a kernel returns.
-        for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-            node.target = torch.ops.aten.reshape.default
-        graph_module.recompile()
+        # Which way a reshape took is the fake tensor's, whose strides are not always those of what a kernel returns.
+        for module in graph_module.modules():
+            if isinstance(module, GraphModule):
+                for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+                    node.target = torch.ops.aten.reshape.default
+                module.recompile()
         out_spec = exported.call_spec.out_spec
         assert out_spec is not None
         return graph_module, out_spec, trail.calls, _first_parameter(model, args, kwargs)
@@ -179,9 +187,14 @@ _DATA: Any = Tensor.data
 
 
 class _Traced(TorchFunctionMode):
-    """Makes ``tensor.detach()`` of ``tensor.data``, of which torch.export keeps no record; the same where no gradient is."""
+    """Makes ``tensor.detach()`` of ``tensor.data``, of which torch.export keeps no record; the same where no gradient is.
+
+    Nor does it of an assignment, which nothing stands for.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DATA.__set__:
+            raise NotImplementedError("an assignment to .data leaves no trace in a graph")
         return args[0].detach() if func == _DATA.__get__ else func(*args, **(kwargs or {}))
 
 
@@ -396,8 +409,15 @@ def kept_state(model: nn.Module) -> Iterator[None]:
         if any(_holds_fake(value) for module in model.modules() for value in vars(module).values()):
             _restore(attributes)
         for buffer, (version, value) in written.items():
-            if buffer._version != version:
+            if buffer._version != version or not _same_bits(buffer, value):
                 buffer.copy_(value)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Writes through ``.data`` are in no version. True where bits cannot be read."""
+    if a.is_meta or a.is_quantized or a.layout is not torch.strided or isinstance(a, FakeTensor):
+        return True
+    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
 def _holds_fake(value: Any) -> bool:

@@ -36,7 +36,8 @@ class _Blend(torch.autograd.Function):
         change = fresh - cached
         ctx.save_for_backward(change, score)
         ctx.through = through
-        return cached + change * score.to(change.dtype)
+        # A score of no dimensions changes no dtype but that of such another.
+        return cached + change * (score if change.dim() else score.to(change.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -44,18 +45,21 @@ class _Blend(torch.autograd.Function):
         if slope is None:
             return None, None, None, None
         change, score = ctx.saved_tensors
-        own = score.to(slope.dtype)
+        wide = torch.promote_types(slope.dtype, score.dtype)
         return (
-            slope * own if ctx.through else None,
-            slope * (1 - own) if ctx.needs_input_grad[1] else None,
-            (slope * change).sum(dtype=score.dtype) if ctx.needs_input_grad[2] else None,
+            slope * score if ctx.through else None,
+            slope * (1 - score) if ctx.needs_input_grad[1] else None,
+            (slope * change).sum(dtype=wide) if ctx.needs_input_grad[2] else None,
             None,
         )
 
 
 def blend(fresh: Tensor, cached: Tensor, score: Tensor, through: bool) -> Tensor:
-    """``cached + score (fresh - cached)``, in the dtype of ``fresh``. score: 0-d. Only where ``through``, which may be False
-    where the score is 0, a gradient is taken through ``fresh``: autograd then skips what the block computed."""
+    """``cached + score (fresh - cached)``, in the dtype of these, whatever that of the score is, 0-d.
+
+    Only where ``through``, which may be False where the score is 0, a gradient is taken through ``fresh``: autograd then skips
+    what the block computed.
+    """
     blended: Tensor = _Blend.apply(fresh, cached, score, through)
     return blended
 

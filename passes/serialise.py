@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import BlockCall, Capture, CaptureError, Made, Slot, captured_at, module_of
 
-FORMAT = 1
+FORMAT = 2  # 1 had views for reshapes
 
 #: Values that are written as the name that torch has for them.
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}

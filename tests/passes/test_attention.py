@@ -120,3 +120,31 @@ def test_the_sample_is_the_first_parameter_however_keywords_are_ordered():
     by_position = mc.trace(model, kwargs["hidden_states"], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
     assert by_keyword.capture.sample.name == by_position.capture.sample.name == "hidden_states"
     assert by_keyword.names == by_position.names == tuple(f"blocks.0.{part}" for part in ("attn1", "attn2", "ffn"))
+
+
+def test_what_has_no_size_before_it_is_computed_tells_nothing():
+    class Picked(nn.Module):
+        """Attention over all tokens, then a layer for those that are kept."""
+
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.ModuleDict({"qkv": nn.Linear(8, 24), "out": nn.Linear(8, 8)})
+            self.attention.forward = self.attend
+            self.picked = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
+
+        def attend(self, x):
+            q, k, v = self.attention["qkv"](x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            x = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.attention["out"](x.transpose(1, 2).flatten(2))
+
+        def forward(self, sample, timestep, kept):
+            x = sample.flatten(2).transpose(1, 2)
+            x = x + self.attention(x) * timestep
+            at = kept.nonzero().squeeze(1)
+            x = x.index_copy(1, at, self.picked(x[:, at]))
+            return x.transpose(1, 2).unflatten(-1, sample.shape[2:])
+
+    program = mc.trace(Picked().eval(), torch.randn(2, 8, 3, 2), 0.5, torch.tensor([1, 0, 1, 1, 0, 0]))
+    assert program.names == ("attention",)
+    mask = mc.schedules.pab(program, (900.0, 500.0, 100.0), {"spatial": 2})
+    assert mask.compute[:, 0].tolist() == [True, False, True]

@@ -186,21 +186,49 @@ def test_a_block_whose_shape_depends_on_values_is_no_block_of_a_graph(returns_th
     compute = np.array([[True, True], [False, True], [True, False]])
     mask = mc.Mask(compute, blocks=names, timesteps=times)
     if returns_them:
-        with pytest.raises(mc.MaskError, match="decide on the shape of what block 'second' returns"):
+        with pytest.raises(mc.MaskError, match="decide on the shape or strides of what block 'second' returns"):
             mc.cost(program, mask)
     fast, executor = mc.optimize(model, mask, backend="eager"), Executor(model, names, compute)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*the shape of what 'second' returns.*skipped module by module")
+        warnings.filterwarnings("ignore", message=".*the shape or strides of what 'second' returns.*skipped module by module")
         for step, time in enumerate(times):
             expected = executor.step(step, sample, time, kept)
             assert torch.equal(fast(sample, time, kept), expected)
     assert bool(fast.report().uncaptured) == returns_them
-    once = mc.optimize(model, mc.Mask(compute[:, :1], blocks=names[:1], timesteps=times), backend="eager")
+    # Of the other block alone there is a graph, whatever is kept; and back again, of both there is none.
+    fast.set_mask(mc.Mask(compute[:, :1], blocks=names[:1], timesteps=times))
     executor = Executor(model, names[:1], compute[:, :1])
     for step, (time, others) in enumerate(zip(times, (kept, 1 - kept, torch.ones_like(kept)), strict=True)):
-        assert torch.equal(once(sample, time, others), executor.step(step, sample, time, others))
-    assert not once.report().uncaptured
+        assert torch.equal(fast(sample, time, others), executor.step(step, sample, time, others))
+    assert not fast.report().uncaptured
+    fast.set_mask(mask)
+    executor = Executor(model, names, compute)
+    for step, time in enumerate(times):
+        assert torch.equal(fast(sample, time, kept), executor.step(step, sample, time, kept))
+    assert bool(fast.report().uncaptured) == returns_them
+    assert fast.report().reusing_calls == 2
+
+
+def test_what_a_forward_counts_is_no_change_where_blocks_have_no_graph():
+    """The capture comes from ``trace``, so that no forward runs which would show what it changes by itself."""
+
+    class Counting(OfTheKept):
+        n = 0
+
+        def forward(self, sample, timestep, kept):
+            self.n += 1
+            return super().forward(sample, timestep, kept)
+
+    model, times, names = Counting(True).eval(), (900.0, 500.0), ("first", "second")
+    kept, sample = torch.tensor([1, 0, 1]), torch.randn(2, 3, 4)
+    mc.trace(model, sample, 900.0, kept)
+    fast = mc.optimize(model, mc.Mask(np.ones((2, 2), dtype=bool), blocks=names, timesteps=times), backend="eager")
+    with pytest.warns(UserWarning, match="skipped module by module"):
+        fast(sample, 900.0, kept)
+    for time in (500.0, 900.0, 500.0, 900.0):
+        fast(sample, time, kept)
+    assert fast.report().recaptures == 0
 
 
 def test_what_is_written_through_data_is_captured():
@@ -236,8 +264,48 @@ def test_a_denoiser_that_writes_to_its_buffers_is_refused(through_data):
             (self.calls.data if through_data else self.calls).add_(1)
             return self.layer(sample)
 
+    model = Counting().eval()
     with pytest.raises(CaptureError, match="Counting writes to 'calls'"):
-        mc.trace(Counting().eval(), torch.randn(2, 4), 5)
+        mc.trace(model, torch.randn(2, 4), 5)
+    assert model.calls == 0
+
+
+def test_a_denoiser_that_writes_to_its_weights_is_refused():
+    class Centring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            self.layer.bias.data.copy_(sample.mean(0))
+            return self.layer(sample)
+
+    with pytest.raises(CaptureError, match=r"Centring writes to 'layer\.bias'"):
+        mc.trace(Centring().eval(), torch.randn(2, 4), 5)
+
+
+@pytest.mark.parametrize("reads_it", [False, True])
+def test_an_assignment_to_data_is_not_captured(reads_it):
+    """It would be lost, which shows at no input that it leaves as it is, as here at the first step."""
+
+    class Clamping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            x = self.layer(sample) * timestep
+            x.data = (x.data if reads_it else x.detach()).clamp(-4, 4)
+            return x
+
+    model, times = Clamping().eval(), (0.1, 9.0)
+    mask = mc.Mask(np.ones((2, 1), dtype=bool), blocks=["layer"], timesteps=times)
+    fast, sample = mc.optimize(model, mask, backend="eager"), torch.randn(2, 4)
+    with pytest.warns(UserWarning, match=r"`x\.data = .*: an assignment to \.data leaves no trace.*skipped module by module"):
+        first = fast(sample, torch.tensor(0.1))
+    with torch.no_grad():
+        for time, ours in ((0.1, first), (9.0, fast(sample, torch.tensor(9.0)))):
+            assert torch.equal(ours, model(sample, torch.tensor(time)))
 
 
 def test_python_state_that_export_bakes_in_is_found_out():

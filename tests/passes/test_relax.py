@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.capture import capture, composite_modules
-from passes.relax import blendable, relax
+from passes.relax import blend, blendable, relax
 from tests.denoisers import denoiser, tensors_of
 from tests.toys import Chain, RandomDag
 
@@ -122,3 +122,27 @@ def test_a_block_that_reuses_takes_no_backward(name):
     torch.testing.assert_close(results[False][0], expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(results[True][0], expected, rtol=1e-3, atol=1e-6)
     assert results[False][1] < results[True][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
+def test_blending_is_what_autograd_makes_of_it(dtype, score):
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, 5, dtype=dtype) for _ in range(2)]
+
+    def slopes(way):
+        given = [t.clone().requires_grad_() for t in tensors] + [torch.tensor(score, requires_grad=True)]
+        result = way(*given)
+        weights = torch.linspace(-1, 1, 15, dtype=dtype).reshape(3, 5)
+        return result, torch.autograd.grad((result * weights).sum(), given)
+
+    ours, by_hand = slopes(lambda a, b, s: blend(a, b, s, True)), slopes(lambda a, b, s: b + (a - b) * s)
+    assert torch.equal(ours[0], by_hand[0])
+    for a, b in zip(ours[1], by_hand[1], strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+    if score == 0:
+        pruned = slopes(lambda a, b, s: blend(a, b, s, False) + 0 * a)
+        assert torch.equal(pruned[0], ours[0])
+        assert torch.equal(pruned[1][0], torch.zeros_like(tensors[0]))
+        assert all(torch.equal(a, b) for a, b in zip(pruned[1][1:], ours[1][1:], strict=True))
