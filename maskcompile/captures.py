@@ -16,13 +16,14 @@ from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from maskcompile._version import __version__
 from maskcompile.digest import digest, sources
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
 from maskcompile.signature import Call
-from passes.capture import Capture, CaptureError, capture, composite_modules
+from passes.capture import Capture, CaptureError, attributes_of, capture, check_again, composite_modules, constants
 from passes.serialise import restore, serialise
 
 #: Held while anything is captured or compiled: torch does either in one thread at a time.
@@ -34,7 +35,8 @@ MOST_KEPT = 8
 
 @dataclass(frozen=True)
 class Captured:
-    """after: the denoiser's fingerprint when it had been captured. volatile: what of it a forward changes by itself.
+    """after: the denoiser's fingerprint when it had been captured. volatile: what of it a forward changes by itself, but
+    for what the graph holds of it: where that is set anew, the capture is of the past.
 
     name: in files, the same in another process. sources: the code that it is of, see ``maskcompile.digest``. unnamed: why it
     has no name; empty, too, for a capture for any batch, which has none.
@@ -64,7 +66,7 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
     """
     marks = frozenset(composite_modules(model)).union(marked)
     key = call.key, marks, None if batch is None else tuple(batch.items())
-    before = _without_root(fingerprint(model))
+    before = fingerprint(model)
     with MAKING:
         kept = _kept.setdefault(model, {})
         for other in [other for other, found in kept.items() if not changes(found.after, before) <= found.volatile]:
@@ -72,23 +74,32 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
         made = kept.pop(key, None)
         if made is None:
             name, unnamed = _name(model, call, marks) if batch is None else ("", "")
+            attributes = attributes_of(model)
             found, code = _loaded(name, model, call) or (capture(model, call.args, call.kwargs, marks, batch), {})
-            after = _without_root(fingerprint(model))
+            after = fingerprint(model)
+            if not code and changes(before, after):
+                check_again(found, model, call.args, call.kwargs, attributes)
             if name and not code:
                 try:
                     code = sources(found)
                 except Exception as error:
                     name, unnamed = "", str(error)
-            made = Captured(found, after, changes(before, after), name, code, unnamed)
+            volatile = {key for key in changes(before, after) if not _holds(model, key, constants(found))}
+            made = Captured(found, after, volatile, name, code, unnamed)
         kept[key] = made  # the last to go
         while len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
     return made
 
 
-def _without_root(found: Fingerprint) -> Fingerprint:
-    """A fingerprint that does not keep the denoiser itself alive."""
-    return {key: value for key, value in found.items() if key != ("", "")}
+def _holds(model: nn.Module, key: tuple[str, str], memory: Collection[int]) -> bool:
+    """Whether an attribute of a module holds a tensor in one of these places, itself or in containers and objects."""
+    path, name = key
+    module = model.get_submodule(path)
+    value = module._buffers[name] if name in module._buffers else vars(module).get(name)
+    leaves = pytree.tree_leaves(value)
+    leaves += [inner for leaf in leaves for inner in pytree.tree_leaves(getattr(leaf, "__dict__", None))]
+    return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in memory for leaf in leaves)
 
 
 def saved_captures(model: nn.Module, captures: Collection[Capture]) -> dict[str, bytes]:

@@ -78,6 +78,10 @@ GUARDS = ".guards"
 _loadable: dict[str, bytes] = {}
 
 
+#: Modes of torch.compile with which Inductor records CUDA graphs of its own, and what they are without these.
+WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
 def compile_graph(graph_module: GraphModule, backend: Backend, options: Mapping[str, Any]) -> Executable:
     """``torch.compile(graph_module, fullgraph=True)``, or the graph as it is for the backend "eager".
 
@@ -87,7 +91,19 @@ def compile_graph(graph_module: GraphModule, backend: Backend, options: Mapping[
         return graph_module
     symbolic = _with_sizes_of_tensors(graph_module)
     compiled: Executable = torch.compile(graph_module, backend=backend, **{"fullgraph": True, "dynamic": False, **options})
-    return _marking(compiled, symbolic) if any(symbolic) else compiled
+    if any(symbolic):
+        compiled = _marking(compiled, symbolic)
+    return _cloning(compiled) if records(backend, options) else compiled
+
+
+def records(backend: Backend, options: Mapping[str, Any]) -> bool:
+    """Whether torch records CUDA graphs of its own: the next replay of any overwrites what one returned."""
+    asked = (options.get("options") or {}).get("triton.cudagraphs")
+    return bool(options.get("mode") in WITHOUT_CUDA_GRAPHS or asked or backend == "cudagraphs")
+
+
+def _cloning(recorded: Executable) -> Executable:
+    return lambda *arguments: tuple(tensor.clone() for tensor in recorded(*arguments))
 
 
 def _with_sizes_of_tensors(graph_module: GraphModule) -> list[list[int]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 
@@ -65,13 +67,29 @@ class DropIn(nn.Module):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        with self._lock:
+        with self._lock, _same_buffers(self.original):
             self.original.to(*args, **kwargs)
+        with self._lock:
             self._moved()
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        with self._lock:
+        with self._lock, _same_buffers(self.original):
             self.original._apply(fn, recurse)
+        with self._lock:
             self._moved()
         return self
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers that are moved or cast meanwhile stay the same objects, as parameters do, so that who holds them follows."""
+    before = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    yield
+    for module, name, buffer in before:
+        now = module._buffers.get(name)
+        if now is None or buffer is None or now is buffer or buffer.is_meta or now.is_meta:
+            continue
+        if not (buffer.is_inference() or now.is_inference()) and torch._has_compatible_shallow_copy_type(buffer, now):
+            buffer.data = now
+            module._buffers[name] = buffer

@@ -27,6 +27,7 @@ from maskcompile.learning.relaxed import RelaxedDenoiser
 from maskcompile.learning.scores import Paper, Target, converged, learn_scores
 from maskcompile.learning.search import Evaluations, Found, search
 from maskcompile.learning.sensitivity import AT, sensitivities
+from maskcompile.learning.trajectories import begun, spans
 from maskcompile.mask import Mask, MaskError, check_mask
 from maskcompile.program import Program, trace
 from maskcompile.runs import Clock, rounding
@@ -107,7 +108,8 @@ def learn(
         template = _template(program, recordings[0].timesteps, log_snr)
         rules = _rules(reuse, template, options)
         template = template.replace(reuse=rules[0])
-        shares = Shares(program, template)
+        starts = begun(model, recordings[0])
+        shares = Shares(spans(model, program, recordings[0], starts), template)
         check_budget(budget, shares(np.zeros_like(template.compute)))
         if budget == 1:
             return template.replace(method="none", budget=budget, share=1.0)
@@ -122,7 +124,7 @@ def learn(
         memo.results = processes.first(memo.results)  # others may not see the file
         relaxed = RelaxedDenoiser(model, program.names)
         with tqdm(desc="learning", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
-            learning = _Learning(recordings, program, template, budget, shares, relaxed, memo, processes, bar)
+            learning = _Learning(recordings, starts, program, template, budget, shares, relaxed, memo, processes, bar)
             if isinstance(options, Paper):
                 mask = _by_scores(learning, options)
             else:
@@ -175,7 +177,7 @@ def fit_reach(
         _check_timesteps(mask, first)
         call = first.steps[0][0].call
         program = trace(model, *call.args, blocks=list(mask.blocks), **call.kwargs)
-        shares = Shares(program, mask)
+        shares = Shares(spans(model, program, first, begun(model, first)), mask)
         references = {r.seed: r.outcome for r in recordings}
         full = Mask.full(mask.blocks, mask.timesteps)
         fidelity = Fidelity(model, sample, references, full, backend, timestep, processes)
@@ -211,9 +213,10 @@ def _check_timesteps(mask: Mask, recording: Recording) -> None:
 
 @dataclass(frozen=True)
 class _Learning:
-    """What both methods need. template: the full mask, with the rules to learn for."""
+    """What both methods need. begun: see ``trajectories``. template: the full mask, with the rules to learn for."""
 
     recordings: Sequence[Recording]
+    begun: Sequence[Sequence[int]]
     program: Program
     template: Mask
     budget: float
@@ -233,7 +236,7 @@ def _by_search(learning: _Learning, options: Search, rules: Sequence[Sequence[st
     def sensitivity(mask: Mask) -> NDArray[np.float64]:
         if "sensitivity" not in memo:
             steps = range(1, template.steps)
-            rows = sensitivities(learning.relaxed, recordings[0], mask, learning.processes.stretch(steps))
+            rows = sensitivities(learning.relaxed, recordings[0], learning.begun, mask, learning.processes.stretch(steps))
             every = learning.processes.gather({step: row.tolist() for step, row in rows.items()})
             memo["sensitivity"] = [[0.0] * len(mask.blocks), *(every[step] for step in steps)]
         evaluate.spend((1 + 3 * len(AT)) / len(recordings))
@@ -266,7 +269,9 @@ def _by_scores(learning: _Learning, options: Paper) -> Mask:
 
     floor = learning.shares(np.zeros_like(template.compute))
     target = Target(np.maximum(macs / max(1, program.macs), 1e-6), floor, budget, template.rules)
-    scores = learn_scores(learning.relaxed, learning.recordings, target, options, learning.memo, processes, report)
+    scores = learn_scores(
+        learning.relaxed, learning.recordings, learning.begun, target, options, learning.memo, processes, report
+    )
 
     def ruled(compute: Compute) -> Compute:
         return by_knowledge(program, template.blocks, compute, options.rectification)

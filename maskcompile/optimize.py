@@ -12,7 +12,7 @@ from torch import nn
 
 from maskcompile.artefacts import load_artefacts
 from maskcompile.captures import load_captures
-from maskcompile.compile import Backend, load_regions
+from maskcompile.compile import WITHOUT_CUDA_GRAPHS, Backend, load_regions, records
 from maskcompile.mask import Mask
 from maskcompile.runtime import CudaGraphs, OptimizedDenoiser
 from maskcompile.signature import check_runnable
@@ -21,9 +21,6 @@ from maskcompile.signature import check_runnable
 DENOISERS = ("transformer", "unet", "transformer_2")
 
 _Pipeline = TypeVar("_Pipeline")
-
-#: Modes of torch.compile with which Inductor records CUDA graphs of its own, and what they are without these.
-WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 @overload
@@ -101,9 +98,9 @@ def optimize(
     holds code: load only what you trust. One that was made elsewhere (torch, processor, GPU), or is no such file, is left aside
     with a warning.
     cuda_graphs: record every graph of a run as a CUDA graph, whose replay is one launch, with inputs and cache in memory of
-    their own. "auto": where all inputs are on one CUDA device and the backend is not "eager". False leaves them to the modes
-    of Inductor that record its own. A graph that was never executed is executed first and recorded the next time. A call that
-    fails ends its run: the next one starts over.
+    their own. "auto": where all inputs are on one CUDA device and the backend is not "eager" or "cudagraphs". False leaves them
+    to the modes of Inductor that record its own, whose results are copied at every step. A graph that was never executed is
+    executed first and recorded the next time. A call that fails ends its run: the next one starts over.
     compile_options: passed to torch.compile (mode, options).
 
     Raises MaskError for a mask that does not fit, ValueError for a model in train mode, with a cache of diffusers, or already
@@ -140,18 +137,17 @@ def optimize(
         raise ValueError(f"at least one capture has to be kept; got max_captures={max_captures}.")
     if cuda_graphs not in (True, False, "auto"):
         raise ValueError(f"cuda_graphs is True, False or 'auto'; got {cuda_graphs!r}.")
-    if cuda_graphs == "auto" and backend == "eager":
+    if cuda_graphs == "auto" and backend in ("eager", "cudagraphs"):
         cuda_graphs = False
     mode = compile_options.get("mode")
     if cuda_graphs and mode in WITHOUT_CUDA_GRAPHS:
         compile_options["mode"] = WITHOUT_CUDA_GRAPHS[mode]
     asked = compile_options.get("options") or {}
     if cuda_graphs and asked.get("triton.cudagraphs"):
-        compile_options["options"] = asked = {**asked, "triton.cudagraphs": False}
-    # The buffers of Inductor's own CUDA graphs are overwritten by the next replay, of any region.
-    theirs = compile_options.get("mode") in WITHOUT_CUDA_GRAPHS or asked.get("triton.cudagraphs")
+        compile_options["options"] = {**asked, "triton.cudagraphs": False}
+    theirs = records(backend, compile_options)
     if regions and theirs:
-        raise ValueError("regions cannot be CUDA graphs of Inductor's own; leave out regions=True, or cuda_graphs=False.")
+        raise ValueError("regions cannot be CUDA graphs of torch's own; leave out regions=True, or cuda_graphs=False.")
     if regions is None:
         regions = backend != "eager" and not theirs
     fast = OptimizedDenoiser(

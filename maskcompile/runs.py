@@ -5,12 +5,14 @@ one, or one out of another scheduler tensor, starts a new run. The same timestep
 (a separate pass for guidance, the second call of a 2nd-order solver), with a cache of its own, or the start of another run
 after one that stopped there; which of the two shows only at the next steps. So trajectories go on only where the last two
 steps had equally many calls (the first step of a run: one call), and else start over with an empty cache: what they lack is
-computed. So does a run that changes its input shapes, was not at the step before, or skips steps of the mask; but where the
-timesteps are elements of a scheduler's tensor, that says beforehand which steps a run takes, and it may leave some out.
+computed. So does a run that changes its input shapes or its conditioning (see ``maskcompile.conditioning``), was not at the
+step before, or skips steps of the mask; but where the timesteps are elements of a scheduler's tensor, that says beforehand
+which steps a run takes, and it may leave some out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maskcompile.conditioning import Conditioning
 from maskcompile.fallback import ModuleRun
 from maskcompile.mask import Mask
 from maskcompile.replay import Lease
@@ -67,14 +70,15 @@ class Where(NamedTuple):
 class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
-    key: of the capture. schedule: that it follows. course: the mask's steps, one a plan. source: the memory of the scheduler's
-    tensor that says so, where it leaves steps out. position: plans executed so far. cache: see ``maskcompile.steps`` and
-    ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of its own.
+    key: of the capture. schedule: that it follows, None in a rehearsal. course: the mask's steps, one a plan. source: the
+    memory of the scheduler's tensor that says so, where it leaves steps out. position: plans executed so far. cache: see
+    ``maskcompile.steps`` and ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of its own.
     """
 
     key: Key
-    schedule: Schedule | ModuleRun
+    schedule: Schedule | ModuleRun | None
     course: Course
+    conditioning: Conditioning
     source: int | None = None
     position: int = 0
     cache: tuple[Any, ...] = ()
@@ -89,6 +93,11 @@ class Trajectory(NamedTuple):
     def finished(self) -> bool:
         """Whether it has come to its last step."""
         return self.position >= len(self.course)
+
+    def moved(self, tensors: Sequence[Tensor], cache: tuple[Any, ...]) -> Trajectory:
+        """It after a call with these tensors."""
+        conditioning = self.conditioning.after(tensors) if self.position else self.conditioning
+        return self._replace(position=self.position + 1, cache=cache, conditioning=conditioning)
 
     def skips(self, step: int) -> bool:
         """Whether the mask has steps between the last one taken and this one."""
@@ -205,8 +214,8 @@ def advance(runs: Runs, where: Where) -> Runs:
     return Runs(where, 0, (runs.calls, 1))
 
 
-def current(runs: Runs, key: Key) -> Trajectory | None:
-    """The trajectory that the call at ``runs.last`` with this capture key goes on with, None where it starts over."""
+def current(runs: Runs, key: Key, tensors: Sequence[Tensor]) -> Trajectory | None:
+    """The trajectory that the call at ``runs.last`` of this capture key goes on with, None where it starts over."""
     assert runs.last is not None
     found = runs.trajectories[runs.calls] if runs.calls < len(runs.trajectories) else None
     if found is None or runs.last.step is None or found.next_step != runs.last.step or found.key != key:
@@ -215,13 +224,23 @@ def current(runs: Runs, key: Key) -> Trajectory | None:
         return None
     if found.source is not None and (runs.last.source is None or runs.last.source.pointer != found.source):
         return None
-    return found
+    return found if found.conditioning.fits(tensors) else None
 
 
 def commit(runs: Runs, trajectory: Trajectory) -> Runs:
     """The runs after the call, which moved its trajectory on to ``trajectory``."""
     before, after = runs.trajectories[: runs.calls], runs.trajectories[runs.calls + 1 :]
     return Runs(runs.last, runs.calls + 1, runs.expected, (*before, trajectory, *after))
+
+
+def failed(runs: Runs, where: Where) -> Runs:
+    """The runs after a call at ``where`` that raised an error.
+
+    It may be made again, or the whole step with it: where the step has had calls before, which is which cannot be known.
+    """
+    if runs.last is None or where.order != runs.last.order:
+        return runs
+    return runs._replace(expected=(), trajectories=())
 
 
 def _other_scheduler(last: Source | None, now: Source | None) -> bool:
@@ -235,7 +254,7 @@ def _source(timestep: Tensor, last: Source | None) -> Source | None:
     element of a batch that repeats one timestep is told from it by its neighbour. The last one is held on to, so that no other
     is in its place.
     """
-    if any(timestep.stride()):
+    if any(stride for stride, size in zip(timestep.stride(), timestep.shape, strict=True) if size > 1):
         return None
     storage = timestep.untyped_storage()
     version = None if timestep.is_cpu or timestep.is_inference() else timestep._version

@@ -6,6 +6,7 @@ stores what the next steps of the mask reuse. Nothing of a run's state changes b
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from maskcompile.artefacts import save_artefacts
 from maskcompile.captures import MAKING, capture_once, saved_captures
 from maskcompile.compile import Backend, saved_regions
+from maskcompile.conditioning import Conditioning
 from maskcompile.dropin import DropIn
 from maskcompile.fallback import ModuleRun, ModuleStep, Uncaptured
 from maskcompile.fingerprint import Fingerprint, changes, fingerprint
@@ -36,7 +38,21 @@ from maskcompile.graphs import SignatureGraphs
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.replay import MOST_ARENAS, Arena, Lease, LeaseLost, addresses, obstacle
 from maskcompile.report import Report, SignatureReport
-from maskcompile.runs import Clock, Course, Runs, Trajectory, Where, advance, commit, course_of, current, leaves_out, locate
+from maskcompile.runs import (
+    MOST_TRAJECTORIES,
+    Clock,
+    Course,
+    Runs,
+    Trajectory,
+    Where,
+    advance,
+    commit,
+    course_of,
+    current,
+    failed,
+    leaves_out,
+    locate,
+)
 from maskcompile.signature import (
     Binder,
     Bound,
@@ -53,7 +69,7 @@ from maskcompile.signature import (
 )
 from maskcompile.steps import Schedule, Step
 from passes.buffers import share_buffers
-from passes.capture import CaptureError, Slot, check_call, composite_modules, resized, sizes_of
+from passes.capture import CaptureError, Slot, check_call, composite_modules, first_parameter, resized, sizes_of
 from passes.dependencies import Slots, slot_dependencies
 from passes.merge import merge_rows, plan_merged
 from passes.plan import GraphKey, plan_run, share_graphs
@@ -72,12 +88,16 @@ MOST_CALLERS = 64
 
 @dataclass
 class _Counts:
-    """For the report. calls: since the mask was set. reusing: those that reused any block. unknown, skipped: see ``Report``."""
+    """For the report. calls: since the mask was set. reusing: those that reused any block. unknown, skipped: see ``Report``.
+
+    alone: steps one after another that each started over where the mask reuses blocks.
+    """
 
     calls: int = 0
     reusing: int = 0
     unknown: int = 0
     skipped: int = 0
+    alone: int = 0
 
 
 class _OtherBlocks(CaptureError):
@@ -239,6 +259,11 @@ class OptimizedDenoiser(DropIn):
                 return self._try_execute(call, timestep, args, kwargs)
             except LeaseLost:  # to another thread, since it was looked for; the run starts over
                 continue
+            except BaseException:
+                own = self._threads.own
+                with contextlib.suppress(ValueError):  # the timestep itself may be what is wrong
+                    own.runs = failed(own.runs, locate(self._clock, timestep, own.runs.last))
+                raise
 
     def _try_execute(self, call: Bound, timestep: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
@@ -246,7 +271,7 @@ class OptimizedDenoiser(DropIn):
             where = locate(self._clock, timestep, own.runs.last)
             before = own.runs if self._may_go_on(where) else Runs()
             runs = advance(before, where)
-            trajectory = current(runs, call.key)
+            trajectory = current(runs, call.key, call.tensors)
             if trajectory is None:
                 with MAKING:
                     if self._check_weights():
@@ -257,13 +282,14 @@ class OptimizedDenoiser(DropIn):
         try:
             step, outputs, cache = self._step(trajectory, call.tensors)
             self._count(runs, where, step.reuses, went_on=trajectory.position > 0)
-            own.runs = commit(runs, trajectory._replace(position=trajectory.position + 1, cache=cache))
+            own.runs = commit(runs, trajectory.moved(call.tensors, cache))
         except BaseException:
             if trajectory.lease is not None:  # what the run needs may be overwritten
                 trajectory.lease.end()
             raise
         if trajectory.lease is not None:
             trajectory.lease.committed = True
+        assert trajectory.schedule is not None
         return trajectory.schedule.assemble(outputs[: step.graph.results])
 
     def _step(
@@ -271,6 +297,7 @@ class OptimizedDenoiser(DropIn):
     ) -> tuple[Step | ModuleStep, Sequence[Tensor], tuple[Any, ...]]:
         """(the step that a trajectory is at, the outputs of its graph, the cache after it)"""
         schedule, lease, position = trajectory.schedule, trajectory.lease, trajectory.position
+        assert schedule is not None
         step = schedule.steps.get(position)
         if step is None or not step.graph.called or (lease is not None and position not in lease.arena.ready):
             with self._lock, MAKING:  # the first call of a graph compiles, and recording must be alone
@@ -299,12 +326,22 @@ class OptimizedDenoiser(DropIn):
     def _begin(self, call: Bound, timestep: Tensor, where: Where, runs: Runs) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache. runs: of this thread, as they are then."""
         self._use(call.key)
+        conditioning = Conditioning.of(call.tensors, self._conditioning(call))
         course = course_of(self._clock, where, timestep)
         source = where.source.pointer if where.source is not None and leaves_out(course) else None
         if call.key in self._uncaptured:
-            return Trajectory(call.key, self._module_run(call.key, course), course, source)
+            return Trajectory(call.key, self._module_run(call.key, course), course, conditioning, source)
         schedule = self._schedule(call.key, course)
-        return Trajectory(call.key, schedule, course, source, lease=self._lease(call, schedule, runs))
+        return Trajectory(call.key, schedule, course, conditioning, source, lease=self._lease(call, schedule, runs))
+
+    def _conditioning(self, call: Bound) -> list[int]:
+        """Which tensors of a call tell trajectories apart: all but the sample and the timestep."""
+        if call.key in self._uncaptured:
+            sample = first_parameter(self.original, *self._uncaptured[call.key].arguments(call.tensors))
+        else:
+            capture = self._captures[call.key].capture
+            sample = capture.inputs.index(capture.sample)
+        return [place for place, t in enumerate(call.tensors) if place != sample and t is not call.timestep]
 
     def _lease(self, call: Bound, schedule: Schedule, runs: Runs) -> Lease | None:
         """Memory to replay a run on; None where nothing is replayed, or as many runs as can be are in progress."""
@@ -363,6 +400,7 @@ class OptimizedDenoiser(DropIn):
             counts = self._counts
             counts.calls += 1
             counts.reusing += reuses
+        self._count_alone(runs, where, went_on)
         if where.step is None:
             counts.unknown += 1
             if counts.unknown + counts.skipped == 1:
@@ -383,6 +421,21 @@ class OptimizedDenoiser(DropIn):
                     f"after a skip computes all that {more}. "
                     "Make the mask for the timesteps of the run, or call fast.set_mask(mask.resample(timesteps)) with the "
                     "timesteps that the denoiser is called with."
+                )
+
+    def _count_alone(self, runs: Runs, where: Where, went_on: bool) -> None:
+        """Warn of a loop whose steps do not look like one run: as many in a row as the mask has started over."""
+        counts = self._counts
+        if went_on:
+            counts.alone = 0
+        elif where.step and not runs.calls and not self._mask.compute[where.step].all():
+            counts.alone += 1
+            if counts.alone == self._mask.steps:
+                _warn(
+                    f"the last {counts.alone} steps at which the mask reuses blocks each looked like another run, and computed "
+                    "every block. Take timesteps from the scheduler's tensor itself (for t in scheduler.timesteps), make no "
+                    f"more than {MOST_TRAJECTORIES} calls a step, and all calls of a run from one thread.",
+                    deeper=1,
                 )
 
     # ---- captures and graphs --------------------------------------------------------------------------------------------
@@ -439,7 +492,7 @@ class OptimizedDenoiser(DropIn):
         start = time.perf_counter()
         try:
             made = capture_once(self.original, call, self._marked, batch)
-        except CaptureError:
+        except (CaptureError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             weights = sorted({f"{str(p.dtype)[6:]} on {p.device}" for p in self.original.parameters()})
@@ -568,7 +621,8 @@ class OptimizedDenoiser(DropIn):
         self.reset()
         with torch.no_grad(), self._lock, MAKING:
             self._check_weights()
-            if call.key not in self._captures and call.key not in self._uncaptured:
+            if call.key not in self._captures:
+                self._uncaptured.pop(call.key, None)  # what was in the way may have passed
                 self._try_capture(call)
             if call.key in self._uncaptured:
                 return
@@ -718,6 +772,6 @@ def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> Optim
     return OptimizedDenoiser(original, mask, **choices)
 
 
-def _warn(message: str) -> None:
+def _warn(message: str, deeper: int = 0) -> None:
     """Warn at the line that called the denoiser: above _count, _try_execute, _execute, _call, forward and two of __call__."""
-    warnings.warn(message, stacklevel=9)
+    warnings.warn(message, stacklevel=9 + deeper)

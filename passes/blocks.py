@@ -19,6 +19,7 @@ from math import prod
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from passes.capture import Capture, composite_modules, module_of
 from passes.sizes import Sizes, shape_at
@@ -28,6 +29,16 @@ from passes.sizes import Sizes, shape_at
 BlockSelection = Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 _LARGEST_LAYER = 3  # self-attention, cross-attention, feed-forward
+
+_aten = torch.ops.aten
+#: Operations that read only the shape, dtype or device of one of their arguments, and which one that is.
+_FORM_ONLY = {
+    **dict.fromkeys((_aten.type_as, _aten.expand_as, _aten.view_as, _aten.reshape_as), 1),
+    **dict.fromkeys((_aten.empty_like, _aten.full_like, _aten.ones_like, _aten.zeros_like), 0),
+    **dict.fromkeys((_aten.rand_like, _aten.randn_like, _aten.randint_like), 0),
+    **dict.fromkeys((_aten.new_empty, _aten.new_empty_strided, _aten.new_full, _aten.new_ones, _aten.new_zeros), 0),
+    **dict.fromkeys((_aten.sym_size, _aten.sym_stride, _aten.sym_numel), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -140,12 +151,25 @@ def _in_call_order(capture: Capture) -> list[str]:
 
 
 def depends_on_sample(capture: Capture) -> set[Node]:
-    """Nodes downstream of the noisy sample, which is one of them."""
+    """Nodes whose values depend on those of the noisy sample, which is one of them."""
     dependent = {capture.sample}
     for node in capture.graph_module.graph.nodes:
-        if any(source in dependent for source in node.all_input_nodes):
+        if any(source in dependent for source in value_inputs(node)):
             dependent.add(node)
     return dependent
+
+
+def value_inputs(node: Node) -> list[Node]:
+    """The nodes whose values ``node`` is made of: not those that it reads only the shape, dtype or device of.
+
+    ``t.type_as(x)`` does not depend on x, though it cannot be executed without it.
+    """
+    form = _FORM_ONLY.get(getattr(node.target, "overloadpacket", None))
+    if form is None or form >= len(node.args):
+        return node.all_input_nodes
+    read: list[Node] = []
+    map_arg((node.args[:form] + node.args[form + 1 :], node.kwargs), read.append)
+    return read
 
 
 def _is_element(model: nn.Module, path: str) -> bool:

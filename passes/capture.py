@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from operator import is_
+from operator import attrgetter, is_
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -160,6 +162,8 @@ def capture(
                 symbolic = _symbolic(args, kwargs, at)
                 exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=symbolic)
                 exported = exported.run_decompositions({})
+            except (MemoryError, torch.OutOfMemoryError):  # says nothing about the denoiser
+                raise
             except Exception as error:
                 raise CaptureError(_describe(model, error, trail.open)) from error
         signature = exported.graph_signature
@@ -178,7 +182,7 @@ def capture(
                 module.recompile()
         out_spec = exported.call_spec.out_spec
         assert out_spec is not None
-        return graph_module, out_spec, trail.calls, _first_parameter(model, args, kwargs)
+        return graph_module, out_spec, trail.calls, first_parameter(model, args, kwargs)
 
     return captured_at(model, args, kwargs, batch, export)
 
@@ -227,7 +231,7 @@ def captured_at(
         try:
             captured = _read(graph_module, own_args, own_kwargs, out_spec, calls, sample)
             _check(captured, own_args, own_kwargs, expected, name)
-        except CaptureError:
+        except (CaptureError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of torch, which documents none
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -278,6 +282,37 @@ def check_call(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs:
             expected = model(*own_args, **own_kwargs)
         own_args, own_kwargs = _cloned(args, kwargs, {})
         _check(captured, own_args, own_kwargs, expected, type(model).__name__)
+
+
+def check_again(
+    captured: Capture, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Mapping[nn.Module, Attributes]
+) -> None:
+    """Raises CaptureError for a model that goes by what it keeps of an earlier call, as the graph would for ever.
+
+    It is run with the attributes that it had ``before``, on other values: those of the arguments in reverse order, which are
+    of the same range. Its attributes are put back.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaves[place] = leaf.flip(tuple(range(leaf.dim())))
+    now = attributes_of(model)
+    restore_attributes(before)
+    try:
+        check_call(captured, model, *pytree.tree_unflatten(leaves, spec))
+    except CaptureError:
+        raise
+    except Exception:  # of the model, which may not take these values; nothing is known then
+        return
+    finally:
+        restore_attributes(now)
+
+
+def constants(captured: Capture) -> set[int]:
+    """Where in memory the tensors are that the graph holds, the model's parameters and others."""
+    graph_module = captured.graph_module
+    held = [attrgetter(str(node.target))(graph_module) for node in graph_module.graph.find_nodes(op="get_attr")]
+    return {tensor.untyped_storage().data_ptr() for tensor in held if isinstance(tensor, Tensor)}
 
 
 def resized(captured: Capture, sizes: Sizes) -> Capture:
@@ -352,9 +387,12 @@ def _marking(model: nn.Module, marked: set[str]) -> Iterator[_Trail]:
     trail = _Trail([], [])
     counts: Counter[str] = Counter()
     handles = []
+    thread = threading.get_ident()  # another one may call the model meanwhile
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             if not name:
                 trail.calls.clear()
                 trail.open.clear()
@@ -366,6 +404,8 @@ def _marking(model: nn.Module, marked: set[str]) -> Iterator[_Trail]:
 
     def leave(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if threading.get_ident() != thread:
+                return None
             while trail.open and trail.open[-1][0] != name:  # calls that ended in an exception the model caught
                 trail.open.pop()
             _, call = trail.open.pop()
@@ -402,12 +442,12 @@ def kept_state(model: nn.Module) -> Iterator[None]:
     """
     tracked = (buffer for buffer in model.buffers() if not buffer.is_inference())
     written = {buffer: (buffer._version, buffer.detach().clone()) for buffer in tracked}
-    attributes = {module: _attributes(module) for module in model.modules()}
+    attributes = attributes_of(model)
     try:
         yield
     finally:
         if any(_holds_fake(value) for module in model.modules() for value in vars(module).values()):
-            _restore(attributes)
+            restore_attributes(attributes)
         for buffer, (version, value) in written.items():
             if buffer._version != version or not _same_bits(buffer, value):
                 buffer.copy_(value)
@@ -426,12 +466,17 @@ def _holds_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """(value, shallow copy where it is a dict or list) of each attribute."""
-    return {key: (value, copy(value) if isinstance(value, (dict, list)) else None) for key, value in vars(module).items()}
+#: (value, shallow copy of its content) of each attribute of a module.
+Attributes = dict[str, tuple[Any, Any]]
 
 
-def _restore(attributes: Mapping[nn.Module, dict[str, tuple[Any, Any]]]) -> None:
+def attributes_of(model: nn.Module) -> dict[nn.Module, Attributes]:
+    """The attributes of all modules as they are, for ``restore_attributes``."""
+    return {module: {key: (value, copy(_content(value))) for key, value in vars(module).items()} for module in model.modules()}
+
+
+def restore_attributes(attributes: Mapping[nn.Module, Attributes]) -> None:
+    """Put attributes back, and the content of dicts, lists and plain objects among them."""
     for module, before in attributes.items():
         now = vars(module)
         for key in [key for key in now if key not in before]:
@@ -439,11 +484,22 @@ def _restore(attributes: Mapping[nn.Module, dict[str, tuple[Any, Any]]]) -> None
         for key, (value, content) in before.items():
             if now.get(key) is not value:
                 now[key] = value
-            if isinstance(value, dict) and (value.keys() != content.keys() or any(value[k] is not content[k] for k in value)):
-                value.clear()
-                value.update(content)
-            elif isinstance(value, list) and not (len(value) == len(content) and all(map(is_, value, content))):
-                value[:] = content
+            inner = _content(value)
+            if isinstance(inner, dict):
+                if inner.keys() != content.keys() or any(inner[k] is not content[k] for k in inner):
+                    inner.clear()
+                    inner.update(content)
+            elif isinstance(inner, list) and not (len(inner) == len(content) and all(map(is_, inner, content))):
+                inner[:] = content
+
+
+def _content(value: Any) -> dict[Any, Any] | list[Any] | None:
+    """What can be put back: a dict or list itself, the attributes of a plain object."""
+    if isinstance(value, (dict, list)):
+        return value
+    plain = not isinstance(value, (nn.Module, Tensor, type, ModuleType)) and not callable(getattr(value, "__get__", None))
+    inner = getattr(value, "__dict__", None) if plain else None
+    return inner if isinstance(inner, dict) else None
 
 
 def _describe(model: nn.Module, error: Exception, open_calls: Sequence[tuple[str, int]]) -> str:
@@ -500,7 +556,7 @@ def _read(
     )
 
 
-def _first_parameter(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def first_parameter(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Which of the tensor leaves of ``(args, kwargs)`` comes first among the parameters of ``forward``.
 
     Keywords may be given in any order: a pipeline that names all of them does not name the sample first.

@@ -13,7 +13,7 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from passes.blocks import Block, tensor_info
+from passes.blocks import Block, tensor_info, value_inputs
 from passes.capture import BlockCall, Capture, Slot
 
 #: The node of the slot graph and the block graph that stands for the denoiser's result.

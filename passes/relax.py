@@ -64,6 +64,11 @@ def blend(fresh: Tensor, cached: Tensor, score: Tensor, through: bool) -> Tensor
     return blended
 
 
+def _copied(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """``aten.copy``, which has no derivative: what an assignment to a part of a tensor is captured as."""
+    return source.to(into.device, into.dtype).expand(into.shape)
+
+
 def relax(capture: Capture, blocks: Sequence[str]) -> GraphModule:
     """Build the graph ``(*tensor inputs, *cached, scores, through) -> (*tensor results, *fresh)``, sharing weights.
 
@@ -83,6 +88,8 @@ def relax(capture: Capture, blocks: Sequence[str]) -> GraphModule:
             continue
         if node.target is not MARK:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.target is aten.copy.default:
+                copies[node].target = _copied
             continue
         fresh[node] = copies[node.args[0]]
         copies[node] = fresh[node]

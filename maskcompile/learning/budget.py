@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from maskcompile.learning.trajectories import Span
 from maskcompile.mask import Mask, MaskError
-from maskcompile.program import Program
 from passes.dependencies import Slots
 from passes.plan import plan_run
 from passes.rectify import Compute, rectify
+from passes.reuse import Rules
 
 #: (step, column of the block)
 Cell = tuple[int, int]
@@ -22,24 +23,41 @@ TOLERANCE = 0.01
 
 
 class Shares:
-    """compute -> share of the unmasked run's MACs, under the rules of a mask; remembered, since the search asks again."""
+    """compute -> share of the unmasked run's MACs, under the rules of a mask; remembered, since the search asks again.
 
-    def __init__(self, program: Program, mask: Mask) -> None:
-        self.slots: Slots = program.slots
-        self.mask = mask
+    spans: the calls of the run; those of another batch or signature count by their own MACs.
+    """
+
+    def __init__(self, spans: Sequence[Span], mask: Mask) -> None:
+        self.spans, self.mask = spans, mask
         self.known: dict[tuple[bytes, tuple[str, ...]], float] = {}
+        self.total = sum(int(span.calls.sum()) * span.slots.total_macs for span in spans)
+
+    @property
+    def slots(self) -> Slots:
+        """The denoiser at the first call."""
+        return self.spans[0].slots
 
     def __call__(self, compute: Compute, rules: Sequence[str] | None = None) -> float:
         rules = tuple(rules or self.mask.reuse)
         key = (compute.tobytes(), rules)
         if key not in self.known:
-            plans = plan_run(self.slots, self.mask.blocks, compute, replace(self.mask.rules, of_block=rules))
-            self.known[key] = sum(plan.macs for plan in plans) / max(1, self.slots.total_macs * self.mask.steps)
+            ruled = replace(self.mask.rules, of_block=rules)
+            self.known[key] = sum(self._macs(span, compute, ruled) for span in self.spans) / max(1, self.total)
         return self.known[key]
 
+    def _macs(self, span: Span, compute: Compute, rules: Rules) -> int:
+        onwards = range(span.begun, len(compute))
+        plans = plan_run(span.slots, self.mask.blocks, compute[span.begun :], rules.at(onwards))
+        return sum(int(span.calls[step]) * plan.macs for step, plan in zip(onwards, plans, strict=True))
+
     def rectified(self, mask: Mask) -> Compute:
-        """The mask's decisions without those that nothing depends on."""
-        return rectify(self.slots, mask.blocks, mask.compute, mask.rules)
+        """The mask's decisions without those that nothing depends on, in any of the calls."""
+        needed = np.zeros_like(mask.compute)
+        for span in self.spans:
+            onwards = range(span.begun, mask.steps)
+            needed[span.begun :] |= rectify(span.slots, mask.blocks, mask.compute[span.begun :], mask.rules.at(onwards))
+        return needed
 
 
 def first_cells(base: Compute, cells: Iterable[Cell], share: Callable[[Compute], float], budget: float) -> Compute:

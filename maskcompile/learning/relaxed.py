@@ -21,6 +21,9 @@ from passes.specialise import specialise
 #: What the blocks returned at a step, for each call of the step.
 Features = list[dict[Slot, Tensor]]
 
+#: What stands for it at a step, for each call; None where a call starts over and computes everything.
+Recalled = list[dict[Slot, Tensor] | None]
+
 
 @dataclass(frozen=True)
 class _Graphs:
@@ -48,7 +51,7 @@ class RelaxedDenoiser:
                 features.append(dict(zip(graphs.slots, outputs[graphs.results :], strict=True)))
         return features
 
-    def error(self, calls: Sequence[RecordedCall], cached: Features, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def error(self, calls: Sequence[RecordedCall], cached: Recalled, scores: Tensor) -> tuple[Tensor, Tensor]:
         """(error, its gradient in ``scores``) of one step: one forward and one backward of the denoiser for each call.
 
         error: squared difference of the denoiser's outputs from the recorded ones, as a share of their power. scores: float32
@@ -56,10 +59,11 @@ class RelaxedDenoiser:
         """
         through = [score != 0 for score in scores.tolist()]
         total, gradient = torch.zeros((), device=scores.device), torch.zeros_like(scores)
-        for position, recorded in enumerate(calls):
+        for recorded, stored in zip(calls, cached, strict=True):
+            if stored is None:
+                continue
             graphs = self._of(recorded.call)
             own = scores.detach().clone().requires_grad_()
-            stored = cached[min(position, len(cached) - 1)]
             weights = {name: p.detach() for name, p in graphs.relaxed.named_parameters()}
             with torch.enable_grad():
                 inputs = (*recorded.call.tensors, *(stored[slot] for slot in graphs.slots), own, through)
@@ -94,27 +98,32 @@ def recalled(
     kept: Mapping[int, Features],
     ran: Sequence[Sequence[int]],
     step: int,
-    calls: int,
+    begun: Sequence[int],
     rules: Rules,
-) -> Features:
+) -> Recalled:
     """What stands for the outputs of the blocks at each of the calls of ``step``.
 
     kept: what the blocks returned at earlier steps. ran: for each block, the steps at which it counts as computed,
-    rising. rules: of reuse, for these blocks. A call that a step had not is taken for its last one.
+    rising. begun: the step at which the trajectory of each call began, where every block runs. rules: of reuse, for these
+    blocks.
     """
     column = {block: index for index, block in enumerate(blocks)}
-
-    def at(when: int, position: int) -> dict[Slot, Tensor]:
-        return kept[when][min(position, len(kept[when]) - 1)]
-
-    features: Features = []
-    for position in range(calls):
+    features: Recalled = []
+    for position, start in enumerate(begun):
+        if start == step:
+            features.append(None)
+            continue
         cached: dict[Slot, Tensor] = {}
-        for slot in kept[max(kept)][0]:
+        for slot in kept[max(kept)][position]:
             index = column[slot.block]
-            made = rules.recall(index, ran[index], step)
-            last = at(made.last, position)[slot]
-            value = last if made.before is None else last + made.c * (last - at(made.before, position)[slot])
+            made = rules.recall(index, since(start, ran[index]), step)
+            last = kept[made.last][position][slot]
+            value = last if made.before is None else last + made.c * (last - kept[made.before][position][slot])
             cached[slot] = torch.where(value.isfinite(), value, last)
         features.append(cached)
     return features
+
+
+def since(start: int, ran: Sequence[int]) -> list[int]:
+    """The steps at which a block runs in a trajectory that began at ``start``."""
+    return [start, *(at for at in ran if at > start)]

@@ -96,6 +96,7 @@ class Target:
 def learn_scores(
     relaxed: RelaxedDenoiser,
     recordings: Sequence[Recording],
+    begun: Sequence[Sequence[int]],
     target: Target,
     options: Paper,
     memo: Memo,
@@ -105,10 +106,12 @@ def learn_scores(
 ) -> NDArray[np.float64]:
     """Scores float64 [steps, blocks] in 0..1; those of the first step, which computes everything, are 1.
 
+    begun: for each call of each step, where its trajectory began, see ``trajectories``.
+
     Raises FloatingPointError with the step at which the loss is not finite. A killed run goes on at the last finished epoch.
     """
     steps, blocks = len(recordings[0].steps), len(target.weights)
-    scaling = _scaling(relaxed, recordings[0], memo, report) if options.scaling else np.ones(steps)
+    scaling = _scaling(relaxed, recordings[0], begun, memo, report) if options.scaling else np.ones(steps)
     state = _State(np.zeros((steps, blocks)), np.zeros((steps, blocks)), np.zeros((steps, blocks)))
     own = processes.stretch(range(1, steps))
     for epoch in range(options.epochs):
@@ -119,7 +122,7 @@ def learn_scores(
             state = _State(logits, first, second, saved["price"])
         else:
             recording = recordings[epoch % len(recordings)]
-            visited = _epoch(relaxed, recording, own, target, scaling, state, options, epoch, seed, report)
+            visited = _epoch(relaxed, recording, begun, own, target, scaling, state, options, epoch, seed, report)
             steepness = _merge(processes.gather(visited), state)
             if epoch == 0:  # at this price the loss is as steep in the MACs as it is in the fidelity
                 ratio = steepness / target.weights
@@ -146,6 +149,7 @@ _Row = tuple[list[float], list[float], list[float], list[float]]
 def _epoch(
     relaxed: RelaxedDenoiser,
     recording: Recording,
+    begun: Sequence[Sequence[int]],
     own: Sequence[int],
     target: Target,
     scaling: NDArray[np.float64],
@@ -166,7 +170,7 @@ def _epoch(
                 kept[at] = relaxed.observe(recording.steps[at])
                 report(1.0)
         ran = [[at for at in (step - 2, step - 1) if at >= 0]] * len(relaxed.blocks)
-        cached = recalled(relaxed.blocks, kept, ran, step, len(calls), target.rules)
+        cached = recalled(relaxed.blocks, kept, ran, step, begun[step], target.rules)
         logits, first, second = state.logits[step].copy(), state.first[step].copy(), state.second[step].copy()
         steepness = np.zeros_like(logits)
         for update in range(options.updates):
@@ -211,16 +215,21 @@ def _draw(logits: Tensor, relaxation: str, progress: float, generator: torch.Gen
     return soft, soft * (1 - soft) / temperature
 
 
-def _scaling(relaxed: RelaxedDenoiser, recording: Recording, memo: Memo, report: Report) -> NDArray[np.float64]:
-    """a_t: the relative change of the blocks' outputs from the step before, over its mean; 1 at the first step."""
+def _scaling(
+    relaxed: RelaxedDenoiser, recording: Recording, begun: Sequence[Sequence[int]], memo: Memo, report: Report
+) -> NDArray[np.float64]:
+    """a_t: the relative change of the blocks' outputs from the step before, over its mean; 1 where a run begins."""
     if "scaling" not in memo:
         changes, before = [], None
-        for calls in recording.steps:
+        for step, calls in enumerate(recording.steps):
             features = relaxed.observe(calls)[0]
-            if before is not None:
+            if before is not None and begun[step][0] < step:
                 parts = [((features[s] - before[s]).norm() / features[s].norm().clamp_min(1e-20)).item() for s in features]
                 changes.append(float(np.mean(parts)))
+            else:
+                changes.append(np.nan)
             before = features
             report(1.0)
-        memo["scaling"] = [1.0, *(np.asarray(changes) / max(float(np.mean(changes)), 1e-20)).tolist()]
+        mean = float(np.nanmean(changes)) if not np.isnan(changes).all() else 1.0
+        memo["scaling"] = [1.0 if np.isnan(change) else change / max(mean, 1e-20) for change in changes]
     return np.asarray(memo["scaling"])

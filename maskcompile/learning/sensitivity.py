@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from maskcompile.learning.recording import Recording
-from maskcompile.learning.relaxed import Features, RelaxedDenoiser, recalled
+from maskcompile.learning.relaxed import Features, RelaxedDenoiser, recalled, since
 from maskcompile.mask import Mask
 
 #: Scores at which the gradient is taken: midpoints of equal parts of the way.
@@ -17,7 +17,7 @@ AT = (0.25, 0.75)
 
 
 def sensitivities(
-    relaxed: RelaxedDenoiser, recording: Recording, mask: Mask, steps: Sequence[int]
+    relaxed: RelaxedDenoiser, recording: Recording, begun: Sequence[Sequence[int]], mask: Mask, steps: Sequence[int]
 ) -> dict[int, NDArray[np.float64]]:
     """step -> float64 [blocks]: how much of the error of a step that reuses everything goes away by computing each block.
 
@@ -25,25 +25,23 @@ def sensitivities(
     which the mask computes the block. It is shared out by its gradient along the straight way from reusing to computing all
     (integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365, eq. 1): at its start alone, nothing upstream of a reused
     block would count. Costs a forward of every step, and ``len(AT)`` forwards and backwards of each of ``steps``; memory does
-    not grow with the number of steps.
+    not grow with the number of steps. begun: for each call of each step, where its trajectory began, see ``trajectories``;
+    calls that start over have no error.
     """
     kept: dict[int, Features] = {}
     result: dict[int, NDArray[np.float64]] = {}
     wanted = set(steps)
     for step, calls in enumerate(recording.steps):
+        ran = [np.flatnonzero(column[:step]).tolist() for column in mask.compute.T]
         if step in wanted and step > 0:
-            ran = [_ran(mask, block, step) for block in range(len(mask.blocks))]
-            cached = recalled(mask.blocks, kept, ran, step, len(calls), mask.rules)
+            cached = recalled(mask.blocks, kept, ran, step, begun[step], mask.rules)
             device = calls[0].call.tensors[0].device
             slopes = [relaxed.error(calls, cached, torch.full((len(mask.blocks),), s, device=device))[1] for s in AT]
             result[step] = np.maximum(-torch.stack(slopes).double().mean(0).cpu().numpy(), 0.0)
-        if mask.compute[step].any() or step == 0:
+        if mask.compute[step].any() or step in begun[step]:
             kept[step] = relaxed.observe(calls)
-        needed = {at for index in range(len(mask.blocks)) for at in _ran(mask, index, step + 1)[-2:]}
+        ran = [np.flatnonzero(column[: step + 1]).tolist() for column in mask.compute.T]
+        going = {start for start in (begun[step + 1] if step + 1 < len(begun) else ()) if start <= step}
+        needed = {at for start in going for each in ran for at in since(start, each)[-2:]}
         kept = {at: features for at, features in kept.items() if at in needed}
     return result
-
-
-def _ran(mask: Mask, block: int, step: int) -> list[int]:
-    """The steps before ``step`` at which a block runs; at the first all do."""
-    return [at for at in range(step) if at == 0 or mask.compute[at, block]]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import threading
+import warnings
 import weakref
+from types import MethodType
 
+import accelerate
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import maskcompile as mc
 from maskcompile import captures
+from maskcompile import compile as compiling
+from passes.capture import _marking
 from tests.toys import Chain, Processed
 
 pytestmark = pytest.mark.usefixtures("counted")
@@ -64,6 +72,240 @@ def test_nothing_is_kept_alive():
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("itself", ["hook put on and removed", "compile", "forward", "child", "children"])
+def test_a_denoiser_that_holds_itself_is_not_kept_alive(itself):
+    model = Chain().eval()
+    if itself.startswith("hook"):
+        accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    elif itself == "compile":
+        model.compile()
+    elif itself == "forward":
+        model.forward = MethodType(Chain.forward, model)
+    else:
+        model.a.owner = [model]
+        model.b.owner = model.a.owner if itself == "children" else None
+    mc.optimize(model, full(model), backend="eager")(*inputs())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+class Controller:
+    on, names = True, {"x"}
+
+    def __init__(self) -> None:
+        self.scales, self.table, self.inner = [1.0], np.ones(2), {"k": [{"deep": 1.0}]}
+
+
+class Controlled(Chain):
+    """Its settings lie deep in an object that two others hold, as attention controllers are held by processors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor, self.names = Processor(), {"x"}
+        self.processors = [self.processor, Processor(self.processor.controller)]
+
+    def forward(self, sample, timestep):
+        controller = self.processors[1].controller
+        scale = controller.scales[0] * float(controller.table[1]) * controller.inner["k"][0]["deep"] * len(self.names)
+        return super().forward(sample, timestep) * scale if controller.on else sample
+
+
+class Processor:
+    def __init__(self, controller=None) -> None:
+        self.controller = controller or Controller()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.processor.controller.scales.append(2.0) or model.processor.controller.scales.reverse(),
+        lambda model: setattr(model.processor.controller, "on", False),
+        lambda model: model.processor.controller.inner["k"][0].update(deep=3.0),
+        lambda model: model.processor.controller.table.__setitem__(1, 3.0),
+        lambda model: model.names.add("y"),
+        lambda model: setattr(model.processors[1], "controller", loud()),
+    ],
+)
+def test_settings_deep_in_objects_are_looked_at(change, counted):
+    model = Controlled().eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    fast(*inputs())
+    change(model)
+    x, t = inputs()
+    assert torch.equal(fast(x, t), model(x, t))
+    fast(x, t)
+    assert fast.report().recaptures == 1
+    assert len(counted) == 2
+
+
+def loud():
+    controller = Controller()
+    controller.scales = [5.0]
+    return controller
+
+
+# ---- what a forward keeps ---------------------------------------------------------------------------------------------------
+
+
+class Keeping(Chain):
+    """Keeps what it made of its first prompt until it is told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.kept = nn.Linear(4, 4), None
+
+    def forward(self, sample, timestep, prompt):
+        if self.kept is None:
+            self.kept = self.embed(prompt)
+        return super().forward(sample + self.kept, timestep)
+
+
+class EverySecond(Chain):
+    """A step cache of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.kept = 0, None
+
+    def forward(self, sample, timestep):
+        self.count += 1
+        if self.count % 2:
+            self.kept = super().forward(sample, timestep)
+        return sample + self.kept
+
+
+class Tabulating(Chain):
+    """Fills a table that depends on no values at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.frequency, self.calls = None, 1.0, 0
+
+    def forward(self, sample, timestep):
+        self.calls += 1
+        if self.table is None:
+            self.table = torch.arange(4.0) * self.frequency
+        return super().forward(sample + self.table, timestep)
+
+
+def test_a_denoiser_that_keeps_its_prompt_is_not_captured(counted):
+    model = Keeping().eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    with pytest.warns(UserWarning, match="its forward depends on state or Python values"):
+        fast(*inputs(), torch.randn(2, 4))
+    for _ in range(2):
+        model.kept, prompt = None, torch.randn(2, 4)
+        for timestep in (900, 100):
+            x, t = torch.randn(2, 4), torch.tensor(timestep)
+            assert torch.equal(fast(x, t, prompt), model(x, t, prompt))
+    assert fast.report().uncaptured
+
+
+def test_a_denoiser_with_a_step_cache_of_its_own_is_not_captured():
+    with pytest.raises(mc.CaptureError, match="depends on state"):
+        mc.trace(EverySecond().eval(), *inputs())
+
+
+def test_a_table_is_taken_as_it_is_until_it_is_made_anew(counted):
+    model = Tabulating().eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    for _ in range(2):
+        x, t = inputs()
+        assert torch.equal(fast(x, t), model(x, t))  # which counts
+    assert fast.report().recaptures == 0
+    model.table = None
+    x, t = inputs()
+    fast(x, t)
+    assert fast.report().recaptures == 1
+    model.table = torch.zeros(4)
+    assert torch.equal(fast(x, t), model(x, t))
+    assert len(counted) == 3
+
+
+# ---- moved, failed, meanwhile -----------------------------------------------------------------------------------------------
+
+
+class Buffered(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(4.0))
+
+    def forward(self, sample, timestep):
+        return super().forward(sample * self.table, timestep)
+
+
+@pytest.mark.parametrize("move", [lambda m: m._apply(torch.clone), lambda m: m.to(torch.float64).to(torch.float32)])
+def test_buffers_that_are_moved_away_and_back_are_the_same(move, counted):
+    model = Buffered().eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    fast(*inputs())
+    move(fast)
+    x, t = inputs()
+    assert torch.equal(fast(x, t), model(x, t))
+    fast.table.mul_(2)
+    assert torch.equal(fast(x, t), model(x, t))
+    assert fast.report().recaptures == 0
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_lack_of_memory_says_nothing_about_the_denoiser(error, monkeypatch):
+    model = Chain().eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.export, "export", lambda *args, **kwargs: (_ for _ in ()).throw(error()))
+        with pytest.raises(error):
+            fast(*inputs())
+    x, t = inputs()
+    assert torch.equal(fast(x, t), model(x, t))
+    assert not fast.report().uncaptured
+
+
+def test_calls_of_other_threads_are_not_marked():
+    model, others = Chain().eval(), []
+    x, t = inputs()
+    with _marking(model, {"a", "b", "c"}) as trail:
+        thread = threading.Thread(target=lambda: others.append(model(x, t)))
+        thread.start(), thread.join()
+        assert not trail.calls
+        model(x, t)
+        assert [call.block for call in trail.calls] == ["a", "b", "c"]
+    assert torch.equal(others[0], model(x, t))
+
+
+@pytest.mark.parametrize("asked", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
+def test_what_graphs_of_torchs_own_return_is_copied(asked, monkeypatch):
+    """On a CPU nothing is recorded: what stands for it overwrites what an earlier call of any graph returned."""
+    returned = []
+
+    @functools.wraps(torch.compile)
+    def recorded(graph_module, **options):
+        def run(*arguments):
+            outputs = graph_module(*arguments)
+            for tensor in returned:
+                tensor.fill_(float("nan"))
+            returned[:] = outputs
+            return outputs
+
+        return run
+
+    monkeypatch.setattr(compiling.torch, "compile", recorded)
+    model = Chain().eval()
+    rows = [[True, True, True], [False, False, True], [False, False, True]]
+    mask = mc.Mask(rows, blocks=["a", "b", "c"], timesteps=[900, 500, 100])
+    alike = mc.optimize(model, mask, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = mc.optimize(model, mask, cuda_graphs=False, **asked)
+    for timestep in (900, 500, 100):
+        x, t = torch.randn(2, 4), torch.tensor(timestep)
+        assert torch.equal(fast(x, t), alike(x, t))
+    assert len(returned) == 1
 
 
 def test_only_so_many_are_kept(counted):
