@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -96,7 +97,7 @@ def learn(
     options = METHODS.get(method, method) if isinstance(method, str) else method
     if not isinstance(options, Search | Paper):
         raise ValueError(f"method is 'search' or 'paper', or Search(...) or Paper(...); got {method!r}.")
-    _check_seeds(seeds)
+    seeds, budget = _checked_seeds(seeds), float(budget)
     check_budget(budget, 0.0)
     with launched() as processes, torch.inference_mode(False):
         recordings = [record(model, sample, seed, timestep) for seed in seeds]
@@ -128,8 +129,7 @@ def learn(
             if isinstance(options, Paper):
                 mask = _by_scores(learning, options)
             else:
-                references = {r.seed: r.outcome for r in recordings}
-                fidelity = Fidelity(model, sample, references, template, backend, timestep, processes)
+                fidelity = Fidelity(model, sample, recordings, template, backend, timestep, processes)
                 mask = _by_search(learning, options, rules, fidelity)
     share = shares(mask.compute, mask.reuse)
     if share < budget - TOLERANCE:
@@ -169,7 +169,7 @@ def fit_reach(
         raise ValueError("this denoiser is already optimised; fit with the original: fit_reach(fast.original, mask, ...).")
     check_capturable(model)
     check_mask(mask, model)
-    _check_seeds(seeds)
+    seeds = _checked_seeds(seeds)
     with launched() as processes, torch.inference_mode(False):
         recordings = [record(model, sample, seed, timestep) for seed in seeds]
         _check_alike(recordings)
@@ -178,9 +178,8 @@ def fit_reach(
         call = first.steps[0][0].call
         program = trace(model, *call.args, blocks=list(mask.blocks), **call.kwargs)
         shares = Shares(spans(model, program, first, begun(model, first)), mask)
-        references = {r.seed: r.outcome for r in recordings}
         full = Mask.full(mask.blocks, mask.timesteps)
-        fidelity = Fidelity(model, sample, references, full, backend, timestep, processes)
+        fidelity = Fidelity(model, sample, recordings, full, backend, timestep, processes)
         with tqdm(desc="fitting", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
             evaluate = Evaluations(fidelity, shares, Memo(None, {}), bar)
             bar.total = round(1 + shares(mask.compute, mask.reuse) + reach.work(mask, evaluate))
@@ -192,9 +191,12 @@ def fit_reach(
     return found.mask.replace(reach_passes=round(evaluate.passes, 1), fidelity_db=decibels, reach_seeds=list(seeds))
 
 
-def _check_seeds(seeds: Sequence[int]) -> None:
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds are one or more different numbers; got {list(seeds)}.")
+def _checked_seeds(seeds: Iterable[int]) -> list[int]:
+    """As Python's own numbers, which a file can hold. Raises ValueError where there are none, or one twice."""
+    found = [operator.index(seed) for seed in seeds]
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"seeds are one or more different numbers; got {found}.")
+    return found
 
 
 def _check_timesteps(mask: Mask, recording: Recording) -> None:

@@ -67,7 +67,7 @@ class Mask:
         self._reach = None if reach is None else _numbers(reach, "reach")
         self._denoiser = denoiser
         self._block_hash = block_hash
-        self._provenance = dict(provenance or {})
+        self._provenance = {name: _plain(value) for name, value in (provenance or {}).items()}
         if array.dtype != np.bool_:
             raise MaskError(
                 f"a mask is boolean, True = compute; got dtype {array.dtype}: pass `compute > threshold` or `.bool()`."
@@ -96,10 +96,13 @@ class Mask:
             )
         if self.log_snr is not None:
             rises = np.diff(self.log_snr) > 0
-            if len(self.log_snr) != self.steps or (rises.any() and not rises.all()) or 0 in np.diff(self.log_snr):
+            if len(self.log_snr) != self.steps:
                 raise MaskError(
-                    f"log_snr has one value for each of the {self.steps} steps, all rising (or all falling, for inversion)."
+                    f"log_snr has one value for each of the {self.steps} timesteps that the denoiser is called with; got "
+                    f"{len(self.log_snr)} (mc.log_snr(scheduler) gives those of the last scheduler.set_timesteps)."
                 )
+            if (rises.any() and not rises.all()) or 0 in np.diff(self.log_snr):
+                raise MaskError("log_snr rises from step to step (or falls, for inversion).")
         if self.reach is not None and (len(self.reach) != self.steps or not all(0 <= r <= MOST_REACH for r in self.reach)):
             raise MaskError(f"reach has one factor, 0 to {MOST_REACH:g}, for each of the {self.steps} steps.")
         self._compute: NDArray[np.bool_] = array.copy()
@@ -191,6 +194,8 @@ class Mask:
 
         A reach is fitted to all the others, and goes where one of them changes. Provenance is added to.
         """
+        if fixed := [name for name in self._described() if name in provenance]:
+            raise MaskError(f"replace does not change {fixed[0]!r}: make a new Mask, or resample the timesteps.")
         described = self._described() | {"provenance": {**self.provenance, **provenance}}
         described |= {} if reuse is None else {"reuse": reuse}
         described |= {} if isinstance(log_snr, EllipsisType) else {"log_snr": log_snr}
@@ -434,6 +439,13 @@ def check_blocks(captured: Capture, mask: Mask) -> None:
             f"the values of tensors decide on the shape or strides of what block {unsized[0]!r} returns, so the captured graph "
             "cannot reuse it; use other blocks (optimize skips such ones module by module, in eager PyTorch)."
         )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON knows it: numbers of NumPy's are those of Python."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _sequence(values: Any, what: str) -> tuple[Any, ...]:

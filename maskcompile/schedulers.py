@@ -45,7 +45,8 @@ def _of_steps(scheduler: Any, own: NDArray[np.float64]) -> NDArray[np.float64]:
         sigma = 1 - sigma if config.get("invert_sigmas") else sigma
         return _ratio((1 - sigma) ** 2, sigma**2)
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if sigma is not None and (alphas is not None or "sigma_data" in config):
+    midpoints = sigma is not None and len(np.unique(sigma)) < len(np.unique(own))  # DPM++ SDE calls the denoiser at them
+    if sigma is not None and ("sigma_data" in config if alphas is None else not midpoints):
         return _ratio(np.ones_like(sigma), sigma**2)  # in units of the signal
     if alphas is not None and not flow:
         power = np.asarray(alphas.cpu(), dtype=np.float64)

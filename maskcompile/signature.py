@@ -344,7 +344,10 @@ def find_hook(model: nn.Module) -> str | None:
 
 
 def check_capturable(model: nn.Module) -> None:
-    """Raises ValueError where a capture of the denoiser would be wrong from the start, naming the module."""
+    """Raises ValueError where a capture of the denoiser would be wrong from the start, naming the module, and TypeError for
+    what is no denoiser."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a denoiser (nn.Module) is needed, of a pipeline its unet or transformer; got {type(model).__name__}.")
     check_runnable(model)
     if (hook := find_hook(model)) is not None:
         raise ValueError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ _LARGEST_LAYER = 3  # self-attention, cross-attention, feed-forward
 
 _aten = torch.ops.aten
 #: Operations that read only the shape, dtype or device of one of their arguments, and which one that is.
-_FORM_ONLY = {
+_FORM_ONLY: dict[Any, int] = {
     **dict.fromkeys((_aten.type_as, _aten.expand_as, _aten.view_as, _aten.reshape_as), 1),
     **dict.fromkeys((_aten.empty_like, _aten.full_like, _aten.ones_like, _aten.zeros_like), 0),
     **dict.fromkeys((_aten.rand_like, _aten.randn_like, _aten.randint_like), 0),

@@ -6,7 +6,7 @@ computing one needs the other, through glue (the operations outside every block)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -18,6 +18,8 @@ from passes.capture import BlockCall, Capture, Slot
 
 #: The node of the slot graph and the block graph that stands for the denoiser's result.
 OUTPUT = "output"
+
+_CONCATENATIONS = (torch.ops.aten.cat, torch.ops.aten.concat, torch.ops.aten.concatenate)
 
 
 @dataclass(frozen=True)
@@ -128,21 +130,47 @@ def block_dependencies(capture: Capture, blocks: Sequence[Block]) -> nx.DiGraph:
     for block in blocks:
         graph.add_node(block.name, kind=block.kind, macs=block.macs, bytes=sum(o.bytes for o in block.outputs))
     graph.add_node(OUTPUT, kind="output", macs=0, bytes=sum(tensor_info(n, capture.sizes).bytes for n in result_nodes(capture)))
-    origin: dict[Node, frozenset[str]] = {}
-    readable = dict(zip(capture.inputs, capture.names, strict=True))
+    origin = _origins(capture, names)
     marked = {mark: slot.block for slot, mark in capture.marks.items() if slot.block in names}
-    for node in capture.graph_module.graph.nodes:
-        if node in readable:
-            origin[node] = frozenset({f"input:{readable[node]}"})
-            continue
-        sources = frozenset().union(*(origin.get(source, frozenset()) for source in node.all_input_nodes))
-        if (name := marked.get(node)) is not None:
-            _connect(graph, sources - {name}, name)
-            sources = frozenset({name})
-        origin[node] = sources
+    for node, name in marked.items():
+        _connect(graph, _sources(node, origin) - {name}, name)
     for node in result_nodes(capture):
         _connect(graph, origin[node], OUTPUT)
     return graph
+
+
+def _origins(capture: Capture, names: Collection[str]) -> dict[Node, frozenset[str]]:
+    """The block outputs and inputs (``input:<name>``) that each node's value is made of by glue."""
+    origin: dict[Node, frozenset[str]] = {}
+    own = {mark: frozenset({slot.block}) for slot, mark in capture.marks.items() if slot.block in names}
+    own |= {node: frozenset({f"input:{name}"}) for node, name in zip(capture.inputs, capture.names, strict=True)}
+    for node in capture.graph_module.graph.nodes:
+        origin[node] = own[node] if node in own else _sources(node, origin)
+    return origin
+
+
+def _sources(node: Node, origin: Mapping[Node, frozenset[str]]) -> frozenset[str]:
+    return frozenset[str]().union(*(origin[source] for source in value_inputs(node)))
+
+
+def residual_blocks(capture: Capture, graph: nx.DiGraph, source: str) -> set[str]:
+    """Blocks whose output is added to what they read, so that they could be left out: residual branches.
+
+    Whoever reads such a block reads all that it reads too, since both are in one sum. A skip connection around the innermost
+    block of a U-shape looks the same, but joins by concatenation. graph: of ``block_dependencies``. source: the node in it
+    from which what counts as read comes, the noisy sample; conditions reach blocks past any branch.
+    """
+    reached = nx.descendants(graph, source) | {source}
+    reads = {name: reached.intersection(graph.predecessors(name)) for name in reached - {source, OUTPUT}}
+    found = {b for b, read in reads.items() if all(graph.has_edge(a, c) for a in read for c in graph.successors(b))}
+    if not found:
+        return found
+    origin = _origins(capture, reads)
+    for node in capture.graph_module.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) in _CONCATENATIONS:
+            parts = [origin[part] for part in node.all_input_nodes]
+            found -= {b for b in found for one in parts for other in parts if b in one - other and reads[b] & other}
+    return found
 
 
 def _connect(graph: nx.DiGraph, sources: Iterable[str], target: str) -> None:

@@ -56,7 +56,10 @@ class Shares:
         needed = np.zeros_like(mask.compute)
         for span in self.spans:
             onwards = range(span.begun, mask.steps)
-            needed[span.begun :] |= rectify(span.slots, mask.blocks, mask.compute[span.begun :], mask.rules.at(onwards))
+            rows = rectify(span.slots, mask.blocks, mask.compute[span.begun :], mask.rules.at(onwards))
+            if span.begun:  # calls that start over there compute all that they need; others need not
+                rows[0] &= mask.compute[span.begun]
+            needed[span.begun :] |= rows
         return needed
 
 

@@ -6,7 +6,7 @@ partly undone by the steps after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maskcompile.learning.processes import Processes
-from maskcompile.learning.recording import Sample, instance_forward, outcome_of, restored_forward
+from maskcompile.learning.recording import Recording, Sample, instance_forward, outcome_of, restored_forward
 from maskcompile.mask import Mask
 from maskcompile.optimize import optimize
 
@@ -29,21 +29,31 @@ class Fidelity:
     """Runs masks. ``fidelity(mask)``: float64 [elements] in dB, 10 log10(power of the reference / squared error).
 
     Each element of the outcome of each seed is one; the reference's power is its variance. Minus infinity where the outcome
-    is not finite. references: seed -> what it comes to without a mask.
+    is not finite. recordings: of the seeds, without a mask.
+
+    Raises ValueError where a reference does not vary: any mask would do for it. ``fidelity`` raises it for a sampler that does
+    not do the same for the same seed.
     """
 
     def __init__(
         self,
         model: nn.Module,
         sample: Sample,
-        references: Mapping[int, Tensor],
+        recordings: Sequence[Recording],
         full: Mask,
         backend: str | Callable[..., Any],
         timestep: str | None,
         processes: Processes,
     ) -> None:
-        self.model, self.sample, self.references, self.processes = model, sample, references, processes
-        self.seeds, self.timestep = tuple(references), timestep
+        self.model, self.sample, self.processes = model, sample, processes
+        self.recordings = {recording.seed: recording for recording in recordings}
+        self.seeds, self.timestep = tuple(self.recordings), timestep
+        for recording in recordings:
+            if bool((recording.outcome.std(dim=1, unbiased=False) == 0).any()) and recording.outcome.shape[1] > 1:
+                raise ValueError(
+                    f"what sample({recording.seed}) returned has an element all of whose numbers are the same (a safety "
+                    "checker's black picture?), by which no mask can be told from another."
+                )
         self.fast = optimize(model, full, backend=backend, timestep=timestep)
         self.own_forward = instance_forward(model)
 
@@ -54,7 +64,7 @@ class Fidelity:
         return np.concatenate([every[seed] for seed in wanted])
 
     def _of(self, mask: Mask, seed: int) -> NDArray[np.float64]:
-        return fidelity(self.outcome(mask, seed), self.references[seed])
+        return fidelity(self.outcome(mask, seed), self.recordings[seed].outcome)
 
     def outcome(self, mask: Mask, seed: int) -> Tensor:
         """[elements, numbers] of a sampling pass under the mask, in this process."""
@@ -62,7 +72,8 @@ class Fidelity:
             self.fast.forget_graphs(MOST_GRAPHS)
             self.fast.set_mask(mask)
         self.fast.reset()
-        return outcome_of(self.model, self.sample, seed, self._masked, self.timestep)
+        first = self.recordings[seed].steps[0][0].call
+        return outcome_of(self.model, self.sample, seed, self._masked, self.timestep, first)
 
     def _masked(self, *args: Any, **kwargs: Any) -> Any:
         # The optimised denoiser may capture, which takes the model as it is.

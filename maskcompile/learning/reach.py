@@ -115,7 +115,7 @@ def _of_seed(mask: Mask, where: Reaching, evaluate: Evaluations, seed: int) -> l
     """The equations of one seed: a row for each of the parts, the slope last."""
     fidelity = evaluate.fidelity
     passed = evaluate.shares(mask.compute, mask.reuse) * fidelity.processes.count / len(fidelity.seeds)
-    reference = fidelity.references[seed].double()
+    reference = fidelity.recordings[seed].outcome.double()
     at = _chosen(reference.shape[1])
 
     def outcome(reach: NDArray[np.float64]) -> Tensor:

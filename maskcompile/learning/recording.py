@@ -123,12 +123,27 @@ def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = N
     return Recording(seed, timesteps, steps, came_to)
 
 
-def outcome_of(model: nn.Module, sample: Sample, seed: int, forward: Callable[..., Any], timestep: str | None = None) -> Tensor:
-    """What ``sample(seed)`` comes to where ``forward`` stands for the denoiser's: see ``outcome``."""
+def outcome_of(
+    model: nn.Module,
+    sample: Sample,
+    seed: int,
+    forward: Callable[..., Any],
+    timestep: str | None = None,
+    first: Call | None = None,
+) -> Tensor:
+    """What ``sample(seed)`` comes to where ``forward`` stands for the denoiser's: see ``outcome``.
+
+    first: the first call of the recorded pass; raises ValueError where it is another one this time.
+    """
     last: list[RecordedCall] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         call = _copy(bind(model, args, kwargs, signature, timestep), [])  # before the sampler changes its tensors in place
+        if not last and first is not None and not _alike(call, first):
+            raise ValueError(
+                f"sample({seed}) called the denoiser with other values when it was run again; it must do the same for the same "
+                "seed, so let all noise come from a generator with that seed."
+            )
         result = forward(*args, **kwargs)
         last[:] = [RecordedCall(call, _tensors(result))]
         return result
@@ -139,6 +154,16 @@ def outcome_of(model: nn.Module, sample: Sample, seed: int, forward: Callable[..
     if not last:
         raise ValueError(f"sample({seed}) did not call the denoiser when it was run again; it must at every call.")
     return outcome(returned, last[0])
+
+
+def _alike(call: Call, other: Call) -> bool:
+    """Whether two calls are given the same values, but for what kernels round otherwise from run to run."""
+    if len(call.tensors) != len(other.tensors):
+        return False
+    return all(
+        a.shape == b.shape and (a.float() - b.float()).norm() <= 0.01 * b.float().norm()
+        for a, b in zip(call.tensors, other.tensors, strict=True)
+    )
 
 
 def outcome(returned: Any, last: RecordedCall) -> Tensor:

@@ -392,7 +392,7 @@ def test_a_full_mask_changes_nothing(case, returns):
     recording = record(case.model, sample, 0)
     assert len(recording.outcome) == case.batch
     full = mc.Mask.full(["mid_block.attentions.0"], recording.timesteps)
-    measured = Fidelity(case.model, sample, {0: recording.outcome}, full, "eager", None, Processes())
+    measured = Fidelity(case.model, sample, [recording], full, "eager", None, Processes())
     assert measured(full).tolist() == [80.0] * case.batch
     off = measured(full.replace(np.arange(full.steps)[:, None] == 0))
     assert (off < 70).all()
@@ -501,3 +501,55 @@ def test_memory_does_not_grow_with_the_steps(case, monkeypatch):
             mc.learn(case.model, sampler(case, steps=steps), 0.5, method=mc.Paper(epochs=2, updates=1), progress=False)
         held[steps] = peak
     assert held[24] == held[6] > 0
+
+
+@pytest.mark.parametrize("verb", ["learn", "fit_reach"])
+def test_a_forgotten_seed_is_told(case, verb):
+    own, asked = sampler(case), iter(range(1000))
+
+    def forgetful(seed):
+        return own(next(asked))
+
+    def told():
+        if verb == "learn":
+            return mc.learn(case.model, forgetful, 0.5, method=METHODS["search"], progress=False)
+        mask = mc.schedules.uniform(program_of(case), timesteps_of(), interval=2, reuse="linear")
+        return mc.fit_reach(case.model, mask, forgetful, progress=False)
+
+    with pytest.raises(ValueError, match=r"sample\(0\) called the denoiser with other values when it was run again"):
+        told()
+
+
+def program_of(case):
+    args, kwargs = case.inputs(case.batch, 999, 0)
+    return mc.trace(case.model, *args, **kwargs)
+
+
+def timesteps_of():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    return scheduler.timesteps
+
+
+def test_an_outcome_that_is_always_the_same_is_told(case):
+    own = sampler(case)
+    with pytest.raises(ValueError, match="all of whose numbers are the same"):
+        mc.learn(case.model, lambda seed: own(seed) * 0, 0.5, method=METHODS["search"], progress=False)
+
+
+def test_numbers_of_numpy(case):
+    def learned(seeds, budget):
+        return mc.learn(case.model, sampler(case), budget, method=QUICK, seeds=seeds, progress=False)
+
+    assert learned(np.arange(2), np.float32(0.5)) == learned([0, 1], 0.5)
+
+
+def test_a_pipeline_is_no_denoiser(case):
+    pipe = diffusers.DDIMPipeline(case.model, DDIMScheduler())
+    for call in (
+        lambda: mc.learn(pipe, lambda seed: None, 0.5),
+        lambda: mc.trace(pipe, torch.zeros(1)),
+        lambda: mc.fit_reach(pipe, mc.Mask.full(["a"], [1]).replace(reuse="linear"), lambda seed: None),
+    ):
+        with pytest.raises(TypeError, match=r"of a pipeline its unet or transformer; got DDIMPipeline"):
+            call()

@@ -124,12 +124,12 @@ def test_scheduler_tensors_are_timesteps():
         ({"reuse": None}, "reuse is a sequence; got None"),
         ({"log_snr": 5}, "log_snr is a sequence; got 5"),
         ({"log_snr": [[1], [2]]}, r"log_snr are finite numbers; got \[1\]"),
-        ({"log_snr": [1, 1]}, "each of the 2 steps, all rising"),
+        ({"log_snr": [1, 1]}, "log_snr rises from step to step"),
         (
             {"compute": np.ones((3, 2), bool), "timesteps": [3, 2, 1], "log_snr": [0, 2, 1]},
-            r"each of the 3 steps, all rising \(or all falling",
+            r"log_snr rises from step to step \(or falls, for inversion\)",
         ),
-        ({"log_snr": [1]}, "each of the 2 steps"),
+        ({"log_snr": [1]}, r"each of the 2 timesteps .* got 1 .*set_timesteps"),
         ({"reach": [1]}, "reach has one factor, 0 to 4, for each of the 2 steps"),
         ({"reach": [1, -0.1]}, "reach has one factor, 0 to 4"),
         ({"reach": [1, 4.1]}, "reach has one factor, 0 to 4"),
@@ -289,3 +289,15 @@ def test_timesteps_as_a_scheduler_has_them(kind):
     snr = mc.log_snr(scheduler)
     assert mask.resample(scheduler.timesteps, log_snr=snr) == mask.resample(values, log_snr=snr)
     assert mc.Mask.full(["a"], scheduler.timesteps).timesteps == tuple(values)
+
+
+def test_provenance_is_what_json_knows(tmp_path):
+    mask = mc.Mask.full(["a"], [9, 1]).replace(interval=np.int64(2), share=np.float32(0.5), seeds=[np.int64(1)])
+    mask.save(tmp_path / "mask.json")
+    assert mc.Mask.load(tmp_path / "mask.json").provenance == {"interval": 2, "share": 0.5, "seeds": [1]}
+
+
+@pytest.mark.parametrize("field", ["timesteps", "blocks", "denoiser"])
+def test_replace_refuses_what_it_does_not_replace(field):
+    with pytest.raises(mc.MaskError, match=f"replace does not change '{field}'"):
+        mc.Mask.full(["a"], [9, 1]).replace(**{field: [8, 2]})

@@ -65,6 +65,23 @@ def test_it_is_the_sigma_of_each_step(name, options):
     assert np.allclose(mc.log_snr(scheduler), [-2 * np.log(sigma) for sigma in theirs.values()], atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "trailing"}])
+def test_midpoints_between_the_sigmas(options):
+    """DPM++ SDE calls the denoiser at midpoints too, and its sigmas say nothing of these: what the training noise says does."""
+    scheduler = diffusers.DPMSolverSDEScheduler(beta_schedule="scaled_linear", **options)
+    scheduler.set_timesteps(10)
+    power = scheduler.alphas_cumprod.double().numpy()
+    at = np.array(list(dict.fromkeys(scheduler.timesteps.tolist())))
+    theirs = np.interp(at, np.arange(len(power)), np.log(power / (1 - power)))
+    ours = np.array(mc.log_snr(scheduler))
+    assert len(ours) == 19
+    assert np.all(np.diff(ours) > 0)
+    assert np.allclose(ours, theirs, atol=1e-3)
+    sigmas = np.array(list(dict.fromkeys(scheduler.sigmas.tolist())))[:10]  # of the steps, apart from the last, zero
+    inside = np.abs(ours[::2]) < 12
+    assert np.allclose(ours[::2][inside], -2 * np.log(sigmas)[inside], atol=0.05)
+
+
 def test_directions():
     """Inverted sigmas (Mochi) count the signal; inversion runs from the picture to noise."""
     plain, inverted = (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=invert) for invert in (False, True))

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskcompile as mc
+from passes.blocks import default_blocks
 from passes.capture import CaptureError, Slot, capture, composite_modules
-from passes.dependencies import OUTPUT, slot_dependencies
+from passes.dependencies import OUTPUT, residual_blocks, slot_dependencies
 from passes.plan import GraphKey, plan_run, share_graphs
 from passes.rectify import rectify
 from passes.reuse import Rules
 from passes.specialise import specialise
+from tests.architectures import architecture
 from tests.denoisers import denoiser
 from tests.executor import Executor
-from tests.toys import Chain
+from tests.toys import Block, Chain
 
 A, B, C = Slot("a", 0, 0), Slot("b", 0, 0), Slot("c", 0, 0)
 
@@ -359,3 +362,102 @@ def test_both_products_of_attention_count(device):
     model = Attention().eval().to(device)
     program = mc.trace(model, torch.randn(3, 5, 8, device=device), torch.ones((), device=device))
     assert program.macs == 3 * 5 * 8 * 16 + 3 * 2 * (5 * 5 * 8) * 2
+
+
+class Conditioned(nn.Module):
+    """A layer scaled by a condition that takes its form from the sample: one multiplication on the sample, two in all."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.form = form
+        self.scale, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.out(x) * self.scale(self.form(time, x))
+
+
+class EndsConditioned(nn.Module):
+    def __init__(self, form: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.final = Conditioned(form)
+
+    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
+        return self.final(self.block(sample), time)
+
+
+FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
+    "type_as": (lambda t, x: t.type_as(x), ["block"]),
+    "expand_as": (lambda t, x: t.expand_as(x), ["block"]),
+    "view_as": (lambda t, x: t.view_as(x), ["block"]),
+    "reshape_as": (lambda t, x: t.reshape_as(x), ["block"]),
+    "zeros_like": (lambda t, x: torch.zeros_like(x) + t, ["block"]),
+    "full_like": (lambda t, x: torch.full_like(x, 2.0) * t, ["block"]),
+    "new_ones": (lambda t, x: x.new_ones(x.shape[0], 4) * t, ["block"]),
+    "a shape": (lambda t, x: t.expand(x.shape[0], 4), ["block"]),
+    # What depends on the sample all the same.
+    "its values": (lambda t, x: t + x, ["block", "final"]),
+    "its values in another form": (lambda t, x: x.type_as(t), ["block", "final"]),
+    "its values as a number": (lambda t, x: t.new_ones(t.shape[0], 4) * x.sum(), ["block", "final"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_takes_only_its_form_from_the_sample_does_not_depend_on_it(form):
+    """Else the last layer of a denoiser is a block, and a step that reuses all blocks returns what the last one did."""
+    function, blocks = FORMS[form]
+    model = EndsConditioned(function).eval()
+    inputs = torch.randn(2, 4), torch.randn(2, 4)
+    assert list(mc.trace(model, *inputs).names) == blocks
+    for_any_batch = capture(model, inputs, {}, composite_modules(model), {0: 2, 1: 2})
+    assert default_blocks(for_any_batch, model) == blocks
+    graph = mc.trace(model, *inputs, blocks=["block", "final.scale"]).dependencies
+    assert graph.has_edge("block", "final.scale") == ("final" in blocks)
+
+
+def test_a_uniform_mask_of_an_image_transformer_leaves_its_final_layer_alone():
+    """Z-Image makes its time embedding of the dtype of the sample."""
+    case = architecture("z_image")
+    args, kwargs = case.inputs(2, 0.9, 0)
+    program = mc.trace(case.model, *args, **kwargs)
+    assert {name.rpartition(".")[2] for name in program.names} == {"attention", "feed_forward"}
+
+
+class Wraps(nn.Module):
+    """x -> a -> (b, residual or not) -> c -> d, with a skip connection from a to d around b and c."""
+
+    def __init__(self, branch: str, skip: str) -> None:
+        super().__init__()
+        self.branch, self.skip = branch, skip
+        self.a, self.b, self.c = Block(4), Block(4), Block(4)
+        self.d = Block(8 if skip == "cat" else 4)
+
+    def forward(self, sample: Tensor, time: Tensor) -> Tensor:
+        a = self.a(sample, time)
+        b = self.b(a, time)
+        x = {"plain": b, "add": a + b, "blend": 0.3 * a + 0.7 * b}[self.branch]
+        c = self.c(x, time)
+        return self.d(torch.cat([c, a], -1) if self.skip == "cat" else c + a, time.repeat(1, 2) if self.skip == "cat" else time)
+
+
+@pytest.mark.parametrize(
+    ("branch", "skip", "residual"),
+    [("plain", "cat", set()), ("plain", "add", set()), ("add", "cat", {"b"}), ("blend", "cat", {"b"})],
+)
+def test_residual_branches_are_told_from_skip_connections(branch, skip, residual):
+    program = mc.trace(Wraps(branch, skip).eval(), torch.randn(2, 4), torch.randn(2, 4))
+    assert program.names == ("a", "b", "c", "d")
+    assert residual_blocks(program.capture, program.dependencies, "input:sample") == residual
+
+
+@pytest.mark.parametrize(
+    ("join", "residual"), [(lambda a, b: a + b, {"b"}), (lambda a, b: torch.cat([a, b], -1)[..., :4], set())]
+)
+def test_a_skip_around_one_block_is_no_residual_branch(join, residual):
+    class Skip(Chain):
+        def forward(self, sample, timestep):
+            a = self.a(sample, timestep)
+            return self.c(join(a, self.b(a, timestep)), timestep)
+
+    program = mc.trace(Skip().eval(), torch.randn(2, 4), torch.randn(2, 4))
+    assert residual_blocks(program.capture, program.dependencies, "input:sample") == residual

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 
+import diffusers
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskcompile as mc
 from tests.maskcompile.pipelines.test_exact import recorded
-from tests.maskcompile.pipelines.tiny import TINY
+from tests.maskcompile.pipelines.tiny import TINY, text2img
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart_alpha", "text2img"])
@@ -40,3 +42,49 @@ def test_a_learned_mask_meets_its_budget(name):
     setattr(pipe, at, model)
     assert not torch.equal(sampled, run(pipe, seed=7))
     assert torch.equal(run(pipe), original)
+
+
+def two_calls_a_step():
+    """A 2nd-order solver."""
+    return text2img(diffusers.HeunDiscreteScheduler())
+
+
+QUICK = {"search": mc.Search(passes=3, reach=False), "paper": mc.Paper(epochs=2, updates=1)}
+SEVERAL = {name: TINY[name] for name in ("flux_guided_separately", "text2img_guided_at_first", "wan", "cogvideox")}
+
+
+@pytest.mark.parametrize("method", QUICK)
+@pytest.mark.parametrize("name", [*SEVERAL, "two_calls_a_step"])
+def test_the_share_is_what_a_run_takes_whatever_the_calls_of_a_step(name, method):
+    """Guidance in calls of its own, or switched off midway, two calls at a timestep: torch counts what is executed."""
+    pipe, run = two_calls_a_step() if name == "two_calls_a_step" else SEVERAL[name]()
+    at = "unet" if hasattr(pipe, "unet") else "transformer"
+    model = getattr(pipe, at)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no block is small enough")
+        mask = mc.learn(model, lambda seed: run(pipe, seed=seed), budget=0.6, method=QUICK[method], progress=False)
+    full = counted(pipe, at, run)
+    assert counted(pipe, at, run) == full
+    mc.optimize(pipe, mask, backend="eager")
+    run(pipe)  # which captures
+    assert counted(pipe, at, run) / full == pytest.approx(mask.provenance["share"], abs=2e-3)
+    assert mask.provenance["share"] <= 0.61
+
+
+def counted(pipe, at, run):
+    """Operations of the denoiser in a run."""
+    total, denoiser = [], getattr(pipe, at)
+    own = denoiser.forward
+
+    def forward(*args, **kwargs):
+        with FlopCounterMode(display=False) as counter:
+            result = own(*args, **kwargs)
+        total.append(counter.get_total_flops())
+        return result
+
+    denoiser.forward = forward
+    try:
+        run(pipe)
+    finally:
+        denoiser.forward = own
+    return sum(total)
