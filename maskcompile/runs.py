@@ -254,7 +254,7 @@ def _source(timestep: Tensor, last: Source | None) -> Source | None:
     element of a batch that repeats one timestep is told from it by its neighbour. The last one is held on to, so that no other
     is in its place.
     """
-    if any(stride for stride, size in zip(timestep.stride(), timestep.shape, strict=True) if size > 1):
+    if timestep.dim() and any(stride for stride, size in zip(timestep.stride(), timestep.shape, strict=True) if size > 1):
         return None
     storage = timestep.untyped_storage()
     version = None if timestep.is_cpu or timestep.is_inference() else timestep._version
