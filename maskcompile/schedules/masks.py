@@ -14,8 +14,8 @@ from passes.rectify import Compute
 
 def full_steps(steps: int, interval: int, warmup: int) -> Compute:
     """bool [steps]: the first ``warmup`` steps, and every ``interval``-th counted from the last of them."""
-    if interval < 1:
-        raise MaskError(f"interval must be at least 1; got {interval}.")
+    if interval < 1 or interval != int(interval):
+        raise MaskError(f"interval must be a whole number, at least 1; got {interval}.")
     check_warmup(warmup)
     index = np.arange(steps)
     full: Compute = (index < warmup) | ((index - warmup + 1) % interval == 0)

@@ -80,8 +80,10 @@ def test_uniform_computes_every_nth_step():
     assert [bool(row.all()) for row in mask.compute] == [i % 3 == 0 for i in range(100)]
     assert not mask.compute[1].any()
     assert mask.denoiser == "DiTTransformer2DModel"
-    with pytest.raises(mc.MaskError, match="interval must be at least 1"):
+    with pytest.raises(mc.MaskError, match="interval must be a whole number, at least 1"):
         mc.schedules.uniform(program, [1], 0)
+    with pytest.raises(mc.MaskError, match=r"whole number, at least 1; got 2\.5"):
+        mc.schedules.uniform(program, [2, 1], 2.5)
 
 
 def test_warm_up_steps_come_before_the_intervals():
