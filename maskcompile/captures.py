@@ -84,7 +84,8 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
                     code = sources(found)
                 except Exception as error:
                     name, unnamed = "", str(error)
-            volatile = {key for key in changes(before, after) if not _holds(model, key, constants(found))}
+            memory = constants(found)
+            volatile = {key for key in changes(before, after) if not _holds(model, key, memory)}
             made = Captured(found, after, volatile, name, code, unnamed)
         kept[key] = made  # the last to go
         while len(kept) > MOST_KEPT:

@@ -261,7 +261,7 @@ class OptimizedDenoiser(DropIn):
                 continue
             except BaseException:
                 own = self._threads.own
-                with contextlib.suppress(ValueError):  # the timestep itself may be what is wrong
+                with contextlib.suppress(Exception):  # the timestep or its device may be what is wrong
                     own.runs = failed(own.runs, locate(self._clock, timestep, own.runs.last))
                 raise
 

@@ -193,9 +193,11 @@ def test_learn_says_which_scheduler_it_assumes(folders, tmp_path, capsys):
 def test_what_is_wrong_is_one_line(folders, tmp_path, capsys):
     def error(*command):
         assert main([*map(str, command)]) == 1
-        said = capsys.readouterr().err.splitlines()  # after progress bars, and which scheduler is assumed
-        assert [line for line in said if line.startswith("maskcompile ")] == said[-1:]
-        return said[-1]
+        *notes, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("maskcompile ")
+        notes = [note for note in notes if note and "%|" not in note]  # but for progress bars
+        assert all("it is sampled with diffusers' DDIMScheduler()" in note for note in notes), notes
+        return line
 
     assert "holds no denoiser" in error("inspect", tmp_path)
     (tmp_path / "broken.json").write_text("{")
