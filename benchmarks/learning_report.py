@@ -61,6 +61,8 @@ def report(document: Row, rows: list[Row]) -> str:
         f"{document['passes']:g} sampling passes, half as many at 100 steps. "
         f"{document['setting']}; {machines(rows)}. "
         "Made by `python -m benchmarks.learning`. A dash: not measured, or there is none.",
+        "## At a glance",
+        glance(rows),
     ]
     for steps in sorted({row["steps"] for row in rows}):
         of = [row for row in rows if row["steps"] == steps and not row["rules"]]
@@ -93,6 +95,39 @@ def table(rows: list[Row], figure: str, form: str) -> str:
             cells.append("-" if row is None else format(row[figure], form))
         lines.append(f"| {NAMES[name]} | {budget:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def glance(rows: list[Row]) -> str:
+    """Learned / the best of the others, under each rule, a line for each denoiser and number of steps."""
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    lines = [
+        "PSNR in dB, learned / the best of the others of at most that budget: *u*niform, *D*eepCache as a mask, the *p*aper's "
+        "method, or DDIM with fewer *s*teps. Where the learned mask holds, so do the others; where it extrapolates, they may.",
+        "",
+        "| reuse | denoiser | steps | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |",
+        "| --- | --- | --- |" + " --- |" * len(budgets),
+    ]
+    for reuse, name, steps in product(("linear", "hold"), ("unet", "dit"), sorted({row["steps"] for row in rows})):
+        of = [row for row in rows if row["steps"] == steps and not row["rules"]]
+        cells = []
+        for budget in budgets:
+            row = found(of, denoiser=name, budget=budget, kind="search", reuse=reuse)
+            others = [] if row is None else [r for r in rivals(of, row) if reuse != "hold" or r["reuse"] in ("hold", "")]
+            if row is None or not others:
+                cells.append("-" if row is None else f"**{row['psnr']:.1f}**")
+                continue
+            best = max(others, key=lambda r: r["psnr"])
+            letter = {"uniform": "u", "deepcache": "D", "paper": "p", "fewer steps": "s"}.get(best["kind"], best["kind"])
+            learned, other = f"{row['psnr']:.1f}", f"{best['psnr']:.1f}"
+            if learned != other:
+                learned, other = (f"**{learned}**", other) if row["psnr"] > best["psnr"] else (learned, f"**{other}**")
+            cells.append(f"{learned} / {other} {letter}")
+        lines.append(f"| {reuse} | {NAMES[name]} | {steps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["denoiser"] != "unet", row["steps"], -row["budget"]))
 
 
 def rivals(rows: list[Row], row: Row) -> list[Row]:
@@ -129,7 +164,7 @@ def spread(rows: list[Row]) -> str:
         "| denoiser | steps | budget | learned | from other noise | best of the others |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
+    for row in in_order(rows):
         if (row["kind"], row["reuse"]) != ("search", "linear"):
             continue
         same = {name: row[name] for name in ("denoiser", "steps", "budget")}
@@ -151,7 +186,7 @@ def effort(rows: list[Row]) -> str:
         "| denoiser | steps | budget | method | rule | work | time | scores near 0 or 1 | MACs kept | graphs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
+    for row in in_order(rows):
         if "passes" in row and not row["rules"]:
             near = f"{row['scores_near_0_or_1']:.0%}" if "scores_near_0_or_1" in row else "-"
             lines.append(
