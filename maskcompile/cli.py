@@ -67,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, RuntimeError, OSError, FloatingPointError, ImportError) as error:
         print(f"maskcompile {options.command}: {_sentence(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        kept = _checkpoint(options) if options.command == "learn" else None
+        onwards = f"; the same command goes on from {kept}" if kept is not None and kept.exists() else ""
+        print(f"\nmaskcompile {options.command}: interrupted{onwards}.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -89,8 +94,12 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of what an exception says, or what it is where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what an exception says, or what it is where it says nothing.
+
+    What a pipeline cannot be called with, Python says after the pipeline's configuration, of many lines.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1].removeprefix("} ") if lines[0].endswith("{") else lines[0]
 
 
 def _device() -> str:
@@ -184,7 +193,11 @@ def _explained(what: str, otherwise: str = "") -> Iterator[None]:
 
 def _learn(options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype)
-    method: Any = Paper() if options.method == "paper" else Search(**({"passes": options.passes} if options.passes else {}))
+    if options.method == "paper" and options.passes is not None:
+        raise ValueError("--passes is the work of the search; the paper's method has none such.")
+    method: Any = Paper() if options.method == "paper" else Search() if options.passes is None else Search(options.passes)
+    if options.mask.is_dir() or not options.mask.parent.is_dir():
+        raise ValueError(f"the mask cannot be written to {options.mask}: it names a file in a folder that there is.")
     of = _runs if _is_pipeline(options.folder) else _loop
     model, scheduler, sample = of(options, dtype)
     with _explained(f"{options.folder} could not be sampled from"):
@@ -192,14 +205,19 @@ def _learn(options: argparse.Namespace) -> None:
     snr = _log_snr(scheduler(), timesteps)
     mask = learn(
         model, sample, options.budget, method=method, reuse=options.reuse, log_snr=snr, seeds=options.seeds,
-        checkpoint=options.checkpoint or options.mask.with_suffix(".checkpoint"),
+        checkpoint=_checkpoint(options),
     )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":
         return
     mask.save(options.mask)
     if options.checkpoint is None:
-        options.mask.with_suffix(".checkpoint").unlink(missing_ok=True)
+        _checkpoint(options).unlink(missing_ok=True)
     print(f"{mask!r}, {mask.provenance['share']:.1%} of the MACs: {options.mask}")
+
+
+def _checkpoint(options: argparse.Namespace) -> Path:
+    found: Path = options.checkpoint or options.mask.with_name(f"{options.mask.name}.checkpoint")
+    return found
 
 
 def _log_snr(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...] | None:
@@ -228,7 +246,7 @@ def _pipeline(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, nn.Mo
     """A pipeline and its denoiser."""
     from diffusers import DiffusionPipeline
 
-    index = json.loads((folder / "model_index.json").read_text())
+    index = _configuration(folder / "model_index.json")
     # What was saved as missing (text encoders, say, where embeddings are given) would be asked for.
     missing: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
     try:
@@ -305,14 +323,22 @@ def _class(file: Path, base: type, what: str) -> Any:
     """The class of diffusers that a configuration names."""
     import diffusers
 
-    try:
-        name = json.loads(file.read_text()).get("_class_name", "")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not a whole JSON file ({error}).") from None
+    name = _configuration(file).get("_class_name", "")
     kind = getattr(diffusers, str(name), None)
     if not isinstance(kind, type) or not issubclass(kind, base):
         raise ValueError(f"{file} names the class {name!r}, which this diffusers does not have as a {what}.")
     return kind
+
+
+def _configuration(file: Path) -> dict[str, Any]:
+    """A file of names and values."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not a whole JSON file ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no configuration: it does not hold a JSON object.")
+    return found
 
 
 def _inputs(model: nn.Module, batch: int, call: dict[str, Any], seed: int = 0) -> dict[str, Any]:

@@ -19,16 +19,15 @@ from tqdm import tqdm
 from maskcompile._version import __version__
 from maskcompile.accounting import by_knowledge
 from maskcompile.learning import reach
-from maskcompile.learning.budget import TOLERANCE, Shares, check_budget, first_cells, ranked, single_cells
-from maskcompile.learning.fidelity import Fidelity
+from maskcompile.learning.budget import TOLERANCE, Shares, check_budget, first_cells, ranked, single_cells, spans
+from maskcompile.learning.fidelity import FLOOR, Fidelity
 from maskcompile.learning.memo import Memo
 from maskcompile.learning.processes import Processes, launched
 from maskcompile.learning.recording import Recording, Sample, record
 from maskcompile.learning.relaxed import RelaxedDenoiser
 from maskcompile.learning.scores import Paper, Target, converged, learn_scores
-from maskcompile.learning.search import Evaluations, Found, search
+from maskcompile.learning.search import Evaluations, Found, check_finite, search
 from maskcompile.learning.sensitivity import AT, sensitivities
-from maskcompile.learning.trajectories import begun, spans
 from maskcompile.mask import Mask, MaskError, check_mask
 from maskcompile.program import Program, trace
 from maskcompile.runs import Clock, rounding
@@ -51,6 +50,10 @@ class Search:
     passes: float = 150.0
     starts: tuple[Mask, ...] = ()
     reach: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.passes < float("inf"):
+            raise ValueError(f"passes is the work of the search in sampling passes, above 0; got {self.passes!r}.")
 
 
 METHODS: dict[str, Search | Paper] = {"search": Search(), "paper": Paper()}
@@ -109,8 +112,7 @@ def learn(
         template = _template(program, recordings[0].timesteps, log_snr)
         rules = _rules(reuse, template, options)
         template = template.replace(reuse=rules[0])
-        starts = begun(model, recordings[0])
-        shares = Shares(spans(model, program, recordings[0], starts), template)
+        shares = Shares(spans(model, program, recordings[0]), template)
         check_budget(budget, shares(np.zeros_like(template.compute)))
         if budget == 1:
             return template.replace(method="none", budget=budget, share=1.0)
@@ -125,7 +127,7 @@ def learn(
         memo.results = processes.first(memo.results)  # others may not see the file
         relaxed = RelaxedDenoiser(model, program.names)
         with tqdm(desc="learning", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
-            learning = _Learning(recordings, starts, program, template, budget, shares, relaxed, memo, processes, bar)
+            learning = _Learning(recordings, program, template, budget, shares, relaxed, memo, processes, bar)
             if isinstance(options, Paper):
                 mask = _by_scores(learning, options)
             else:
@@ -177,14 +179,16 @@ def fit_reach(
         _check_timesteps(mask, first)
         call = first.steps[0][0].call
         program = trace(model, *call.args, blocks=list(mask.blocks), **call.kwargs)
-        shares = Shares(spans(model, program, first, begun(model, first)), mask)
+        shares = Shares(spans(model, program, first), mask)
         full = Mask.full(mask.blocks, mask.timesteps)
         fidelity = Fidelity(model, sample, recordings, full, backend, timestep, processes)
         with tqdm(desc="fitting", disable=None if progress and processes.rank == 0 else True, unit="pass") as bar:
             evaluate = Evaluations(fidelity, shares, Memo(None, {}), bar)
             bar.total = round(1 + shares(mask.compute, mask.reuse) + reach.work(mask, evaluate))
             evaluate.spend(1.0)
-            found = reach.fit(Found(mask, evaluate(mask)), evaluate)
+            start = Found(mask, evaluate(mask))
+            check_finite(start, evaluate)
+            found = reach.fit(start, evaluate)
     if found.mask is mask:
         return mask
     decibels = round(float(found.decibels.mean()), 3)
@@ -215,10 +219,9 @@ def _check_timesteps(mask: Mask, recording: Recording) -> None:
 
 @dataclass(frozen=True)
 class _Learning:
-    """What both methods need. begun: see ``trajectories``. template: the full mask, with the rules to learn for."""
+    """What both methods need. template: the full mask, with the rules to learn for."""
 
     recordings: Sequence[Recording]
-    begun: Sequence[Sequence[int]]
     program: Program
     template: Mask
     budget: float
@@ -238,7 +241,7 @@ def _by_search(learning: _Learning, options: Search, rules: Sequence[Sequence[st
     def sensitivity(mask: Mask) -> NDArray[np.float64]:
         if "sensitivity" not in memo:
             steps = range(1, template.steps)
-            rows = sensitivities(learning.relaxed, recordings[0], learning.begun, mask, learning.processes.stretch(steps))
+            rows = sensitivities(learning.relaxed, recordings[0], mask, learning.processes.stretch(steps))
             every = learning.processes.gather({step: row.tolist() for step, row in rows.items()})
             memo["sensitivity"] = [[0.0] * len(mask.blocks), *(every[step] for step in steps)]
         evaluate.spend((1 + 3 * len(AT)) / len(recordings))
@@ -260,20 +263,25 @@ def _by_scores(learning: _Learning, options: Paper) -> Mask:
     template, program, budget, bar = learning.template, learning.program, learning.budget, learning.bar
     macs = np.array([block.macs for block in program.blocks], dtype=np.float64)
     seeds, processes = len(learning.recordings), learning.processes
-    passes = 1 + (options.scaling + options.epochs * (1 + 3 * options.updates)) / seeds  # 1 for the recordings
+    visited = (template.steps - 1) / template.steps  # the first step is computed in full, and not learned
+    # 1 for the recordings
+    passes = 1 + (options.scaling + options.epochs * (1 + 3 * options.updates * visited)) / seeds
     bar.total = round(passes)
     bar.update(1)
 
-    def report(forwards: float, share: float | None = None) -> None:
+    shown: dict[str, str] = {}
+
+    def report(forwards: float, share: float | None = None, error: float | None = None) -> None:
         bar.update(forwards / template.steps / seeds * processes.count)
         if share is not None:
-            bar.set_postfix(share=f"{share:.3f}")
+            shown["share"] = f"{share:.3f}"
+        if error is not None:
+            shown["fidelity"] = f"{-10 * np.log10(max(error, FLOOR)):.1f} dB a step"
+        bar.set_postfix(shown, refresh=share is not None)
 
     floor = learning.shares(np.zeros_like(template.compute))
     target = Target(np.maximum(macs / max(1, program.macs), 1e-6), floor, budget, template.rules)
-    scores = learn_scores(
-        learning.relaxed, learning.recordings, learning.begun, target, options, learning.memo, processes, report
-    )
+    scores = learn_scores(learning.relaxed, learning.recordings, target, options, learning.memo, processes, report)
 
     def ruled(compute: Compute) -> Compute:
         return by_knowledge(program, template.blocks, compute, options.rectification)

@@ -443,6 +443,8 @@ def check_blocks(captured: Capture, mask: Mask) -> None:
 
 def _plain(value: Any) -> Any:
     """As JSON knows it: numbers of NumPy's are those of Python."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
     return value.item() if isinstance(value, np.generic) else value

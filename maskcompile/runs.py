@@ -70,14 +70,14 @@ class Where(NamedTuple):
 class Trajectory(NamedTuple):
     """A trajectory after its last call.
 
-    key: of the capture. schedule: that it follows, None in a rehearsal. course: the mask's steps, one a plan. source: the
+    key: of the capture. schedule: that it follows, None in a rehearsal. course: see ``Course``, one step a plan. source: the
     memory of the scheduler's tensor that says so, where it leaves steps out. position: plans executed so far. cache: see
     ``maskcompile.steps`` and ``maskcompile.fallback``; empty for a run with a ``lease`` on memory of its own.
     """
 
     key: Key
     schedule: Schedule | ModuleRun | None
-    course: Course
+    course: Sequence[int | None]
     conditioning: Conditioning
     source: int | None = None
     position: int = 0

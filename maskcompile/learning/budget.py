@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from maskcompile.learning.trajectories import Span
+from maskcompile.captures import capture_once
+from maskcompile.learning.recording import Recording
 from maskcompile.mask import Mask, MaskError
-from passes.dependencies import Slots
+from maskcompile.program import Program
+from maskcompile.signature import Key
+from passes.dependencies import Slots, slot_dependencies
 from passes.plan import plan_run
 from passes.rectify import Compute, rectify
 from passes.reuse import Rules
@@ -20,6 +24,31 @@ Cell = tuple[int, int]
 
 #: How near to the budget learning comes, as a share of the MACs of the unmasked run.
 TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Span:
+    """Calls of one signature that belong to trajectories which began at one step.
+
+    slots: the denoiser at this signature. calls: int [steps], how many there are at each, none before ``begun``.
+    """
+
+    slots: Slots
+    begun: int
+    calls: NDArray[np.int64]
+
+
+def spans(model: nn.Module, program: Program, recording: Recording) -> list[Span]:
+    """The calls of a recorded pass, those alike together."""
+    slots: dict[Key, Slots] = {recording.steps[0][0].call.key: program.slots}
+    counted: dict[tuple[Key, int], NDArray[np.int64]] = {}
+    for step, calls in enumerate(recording.steps):
+        for recorded in calls:
+            key = recorded.call.key
+            if key not in slots:
+                slots[key] = slot_dependencies(capture_once(model, recorded.call, program.names).capture, program.names)
+            counted.setdefault((key, recorded.begun), np.zeros(len(recording.steps), dtype=np.int64))[step] += 1
+    return [Span(slots[key], begun, calls) for (key, begun), calls in counted.items()]
 
 
 class Shares:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from maskcompile.learning.processes import Processes
 from maskcompile.learning.recording import Recording, Sample, instance_forward, outcome_of, restored_forward
@@ -29,7 +30,7 @@ class Fidelity:
     """Runs masks. ``fidelity(mask)``: float64 [elements] in dB, 10 log10(power of the reference / squared error).
 
     Each element of the outcome of each seed is one; the reference's power is its variance. Minus infinity where the outcome
-    is not finite. recordings: of the seeds, without a mask.
+    is not finite, and ``broken`` then says at which step that began. recordings: of the seeds, without a mask.
 
     Raises ValueError where a reference does not vary: any mask would do for it. ``fidelity`` raises it for a sampler that does
     not do the same for the same seed.
@@ -56,6 +57,8 @@ class Fidelity:
                 )
         self.fast = optimize(model, full, backend=backend, timestep=timestep)
         self.own_forward = instance_forward(model)
+        self.finite: list[Tensor] = []  # a flag for each masked call of the last pass
+        self.broken = ""
 
     def __call__(self, mask: Mask, seeds: Sequence[int] | None = None) -> NDArray[np.float64]:
         wanted = self.seeds if seeds is None else tuple(seeds)
@@ -72,13 +75,31 @@ class Fidelity:
             self.fast.forget_graphs(MOST_GRAPHS)
             self.fast.set_mask(mask)
         self.fast.reset()
-        first = self.recordings[seed].steps[0][0].call
-        return outcome_of(self.model, self.sample, seed, self._masked, self.timestep, first)
+        self.finite.clear()
+        first, *later = self.recordings[seed].steps
+        # All that the first step is given, and so what it comes to, is the same under any mask: there everything is computed.
+        alike = [recorded.call for recorded in (*first, *(later[0][:1] if later else ()))]
+        found = outcome_of(self.model, self.sample, seed, self._masked, self.timestep, alike)
+        if not found.isfinite().all():
+            self.broken = self._where_broken(seed)
+        return found
+
+    def _where_broken(self, seed: int) -> str:
+        recording = self.recordings[seed]
+        step_of = [step for step, calls in enumerate(recording.steps) for _ in calls]
+        for step, finite in zip(step_of, self.finite, strict=False):
+            if not finite:
+                at = f"step {step} (timestep {recording.timesteps[step]:g}) of sample({seed})"
+                return f"the denoiser's output is not finite at {at}"
+        return f"what sample({seed}) returned is not finite, although the denoiser's outputs are"
 
     def _masked(self, *args: Any, **kwargs: Any) -> Any:
         # The optimised denoiser may capture, which takes the model as it is.
         with restored_forward(self.model, self.own_forward):
-            return self.fast(*args, **kwargs)
+            result = self.fast(*args, **kwargs)
+        flags = [leaf.isfinite().all() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.finite.append(torch.stack(flags).all())  # read only where the outcome is not finite: reading waits for a GPU
+        return result
 
 
 def fidelity(outcome: Tensor, reference: Tensor) -> NDArray[np.float64]:

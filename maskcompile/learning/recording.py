@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from maskcompile.signature import Call, bind
+from maskcompile.learning.trajectories import rehearse
+from maskcompile.runs import Runs
+from maskcompile.signature import Call, bind, check_autocast
+from passes.capture import first_parameter
 
 #: One sampling pass that calls the denoiser; what it returns is compared where there are tensors, arrays or pictures in it.
 Sample = Callable[[int], Any]
@@ -29,10 +32,14 @@ MOST_ALIKE = 8
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A call of the denoiser, with copies of its inputs, and the tensors that it returned."""
+    """A call of the denoiser, with copies of its inputs, and the tensors that it returned.
+
+    begun: the step at which its trajectory began, see ``trajectories``.
+    """
 
     call: Call
     results: tuple[Tensor, ...]
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,11 @@ class Recording:
     timesteps: tuple[float, ...]
     steps: tuple[tuple[RecordedCall, ...], ...]
     outcome: Tensor
+
+    @property
+    def begun(self) -> tuple[tuple[int, ...], ...]:
+        """For each call of each step, the step at which its trajectory began."""
+        return tuple(tuple(recorded.begun for recorded in calls) for calls in self.steps)
 
 
 @contextmanager
@@ -86,20 +98,27 @@ def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = N
     FloatingPointError where the denoiser or the outcome is not finite; whatever ``sample`` raises is raised as it is.
     """
     calls: list[RecordedCall] = []
+    values: list[float] = []
+    runs = Runs()
     forward, signature = model.forward, inspect.signature(model.forward)
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
+        nonlocal runs
+        check_autocast()
         call = bind(model, args, kwargs, signature, timestep)
         if call.timestep is None:
             raise ValueError(
                 f"{type(model).__name__}.forward has no timestep among its arguments; pass learn(..., timestep='its name')."
             )
+        if (value := _value(call.timestep)) not in values[-1:]:
+            values.append(value)
+        runs, begun = rehearse(runs, model, call, len(values) - 1)
         with torch.inference_mode(False):  # copies that a gradient may flow through later
             copied = _copy(call, [t for c in calls[-MOST_ALIKE:] for t in c.call.tensors])
         with torch.no_grad():
             result = forward(*args, **kwargs)
             with torch.inference_mode(False):
-                calls.append(RecordedCall(copied, _tensors(result)))
+                calls.append(RecordedCall(copied, _tensors(result), begun))
         return result
 
     with replaced_forward(model, recorded):
@@ -115,7 +134,7 @@ def record(model: nn.Module, sample: Sample, seed: int, timestep: str | None = N
                 f"the denoiser's output is not finite at step {step} (timestep {timesteps[step]:g}) of sample({seed}), "
                 "without any mask."
             )
-    came_to = outcome(returned, calls[-1])
+    came_to = outcome(model, returned, calls[-1])
     if not came_to.isfinite().all():
         raise FloatingPointError(
             f"what sample({seed}) returned is not finite, although the denoiser's outputs are; is a decoder in half precision?"
@@ -129,17 +148,18 @@ def outcome_of(
     seed: int,
     forward: Callable[..., Any],
     timestep: str | None = None,
-    first: Call | None = None,
+    first: Sequence[Call] = (),
 ) -> Tensor:
     """What ``sample(seed)`` comes to where ``forward`` stands for the denoiser's: see ``outcome``.
 
-    first: the first call of the recorded pass; raises ValueError where it is another one this time.
+    first: the first calls of the recorded pass; raises ValueError where one of them is another this time.
     """
     last: list[RecordedCall] = []
+    expected = iter(first)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         call = _copy(bind(model, args, kwargs, signature, timestep), [])  # before the sampler changes its tensors in place
-        if not last and first is not None and not _alike(call, first):
+        if (known := next(expected, None)) is not None and not _alike(call, known):
             raise ValueError(
                 f"sample({seed}) called the denoiser with other values when it was run again; it must do the same for the same "
                 "seed, so let all noise come from a generator with that seed."
@@ -153,7 +173,7 @@ def outcome_of(
         returned = sample(seed)
     if not last:
         raise ValueError(f"sample({seed}) did not call the denoiser when it was run again; it must at every call.")
-    return outcome(returned, last[0])
+    return outcome(model, returned, last[0])
 
 
 def _alike(call: Call, other: Call) -> bool:
@@ -166,7 +186,7 @@ def _alike(call: Call, other: Call) -> bool:
     )
 
 
-def outcome(returned: Any, last: RecordedCall) -> Tensor:
+def outcome(model: nn.Module, returned: Any, last: RecordedCall) -> Tensor:
     """float32 [elements, numbers]: what a pass came to, as far as it can be compared.
 
     The floating-point tensors, arrays and pictures that ``sample`` returned, apart by their first dimension; where it returned
@@ -174,7 +194,8 @@ def outcome(returned: Any, last: RecordedCall) -> Tensor:
     """
     found = [t for t in map(_comparable, _leaves(returned)) if t is not None and t.numel()]
     if not found:  # the inputs' batch may hold two copies of the sample, for guidance
-        found = [t for t in (*last.call.tensors[:1], *last.results) if t.is_floating_point()]
+        noisy = last.call.tensors[first_parameter(model, last.call.args, last.call.kwargs)]
+        found = [t for t in (noisy, *last.results) if t.is_floating_point()]
     size = {len(t) if t.dim() > 1 else 1 for t in found}
     together = len(size) == 1
     rows = [t.detach().float().cpu().reshape(len(t) if together and t.dim() > 1 else 1, -1) for t in found]
@@ -222,15 +243,19 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     return tuple(leaf.detach().clone() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
 
 
+def _value(timestep: Tensor) -> float:
+    values = timestep.reshape(-1)
+    if not values.numel() or not bool((values == values[0]).all()):
+        raise ValueError("the denoiser was called with different timesteps in one batch; a mask has one row a timestep.")
+    return float(values[0])
+
+
 def _by_timestep(calls: Sequence[RecordedCall]) -> tuple[tuple[float, ...], tuple[tuple[RecordedCall, ...], ...]]:
     timesteps: list[float] = []
     steps: list[list[RecordedCall]] = []
     for recorded in calls:
         assert recorded.call.timestep is not None
-        values = recorded.call.timestep.reshape(-1)
-        if not bool((values == values[0]).all()):
-            raise ValueError("the denoiser was called with different timesteps in one batch; a mask has one row a timestep.")
-        value = float(values[0])
+        value = _value(recorded.call.timestep)
         if not timesteps or value != timesteps[-1]:
             timesteps.append(value)
             steps.append([])

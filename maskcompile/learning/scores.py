@@ -32,9 +32,10 @@ RELAXATIONS = ("random", "gumbel")
 
 
 class Report(Protocol):
-    """Is told of work done, in forwards of single steps, and of the share of the MACs where it is known."""
+    """Is told of work done, in forwards of single steps, and, where they are known, of the share of the MACs and of the mean
+    error of single steps under the masks that were drawn, as a share of the outputs' power."""
 
-    def __call__(self, forwards: float, share: float | None = None) -> None: ...
+    def __call__(self, forwards: float, share: float | None = None, error: float | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Paper:
             raise ValueError(f"a rule of rectification is one of {', '.join(map(repr, KNOWLEDGE))}; got {unknown[0]!r}.")
         if self.epochs < 2 or self.updates < 1:
             raise ValueError("the scores need at least two epochs of one update each.")
+        if not 0 < self.learning_rate < float("inf") or not 0 <= self.bimodal < float("inf"):
+            raise ValueError(
+                f"learning_rate is above 0 and bimodal 0 or more, both finite; got {self.learning_rate} and {self.bimodal}."
+            )
 
 
 @dataclass
@@ -96,7 +101,6 @@ class Target:
 def learn_scores(
     relaxed: RelaxedDenoiser,
     recordings: Sequence[Recording],
-    begun: Sequence[Sequence[int]],
     target: Target,
     options: Paper,
     memo: Memo,
@@ -106,12 +110,10 @@ def learn_scores(
 ) -> NDArray[np.float64]:
     """Scores float64 [steps, blocks] in 0..1; those of the first step, which computes everything, are 1.
 
-    begun: for each call of each step, where its trajectory began, see ``trajectories``.
-
     Raises FloatingPointError with the step at which the loss is not finite. A killed run goes on at the last finished epoch.
     """
     steps, blocks = len(recordings[0].steps), len(target.weights)
-    scaling = _scaling(relaxed, recordings[0], begun, memo, report) if options.scaling else np.ones(steps)
+    scaling = _scaling(relaxed, recordings[0], memo, report) if options.scaling else np.ones(steps)
     state = _State(np.zeros((steps, blocks)), np.zeros((steps, blocks)), np.zeros((steps, blocks)))
     own = processes.stretch(range(1, steps))
     for epoch in range(options.epochs):
@@ -122,7 +124,7 @@ def learn_scores(
             state = _State(logits, first, second, saved["price"])
         else:
             recording = recordings[epoch % len(recordings)]
-            visited = _epoch(relaxed, recording, begun, own, target, scaling, state, options, epoch, seed, report)
+            visited = _epoch(relaxed, recording, own, target, scaling, state, options, epoch, seed, report)
             steepness = _merge(processes.gather(visited), state)
             if epoch == 0:  # at this price the loss is as steep in the MACs as it is in the fidelity
                 ratio = steepness / target.weights
@@ -149,7 +151,6 @@ _Row = tuple[list[float], list[float], list[float], list[float]]
 def _epoch(
     relaxed: RelaxedDenoiser,
     recording: Recording,
-    begun: Sequence[Sequence[int]],
     own: Sequence[int],
     target: Target,
     scaling: NDArray[np.float64],
@@ -162,7 +163,8 @@ def _epoch(
     """step -> (logits, first moments, second moments, steepness of the fidelity), for the steps ``own``, rising."""
     rows: dict[int, _Row] = {}
     kept: dict[int, Features] = {}
-    progress = epoch / max(1, options.epochs - 1)
+    errors: list[float] = []
+    progress, begun = epoch / max(1, options.epochs - 1), recording.begun
     for step in own:
         calls = recording.steps[step]
         for at in (step - 2, step - 1):  # what is not there yet: at the start of a stretch
@@ -181,6 +183,7 @@ def _epoch(
             error, gradient = relaxed.error(calls, cached, drawn.float().to(device))
             if not (error.isfinite() and gradient.isfinite().all()):
                 raise FloatingPointError(f"the loss is not finite at step {step} (timestep {recording.timesteps[step]:g}).")
+            errors.append(float(error))
             scores = 1 / (1 + np.exp(-logits))
             fidelity = scaling[step] * gradient.double().cpu().numpy()
             cost = state.price * target.weights * (1 + options.bimodal * progress * (1 - 2 * scores))
@@ -194,6 +197,8 @@ def _epoch(
             report(3.0)
         rows[step] = (logits.tolist(), first.tolist(), second.tolist(), steepness.tolist())
         kept = {at: features for at, features in kept.items() if at >= step - 1}
+    if errors:
+        report(0.0, error=float(np.mean(errors)))
     return rows
 
 
@@ -215,12 +220,10 @@ def _draw(logits: Tensor, relaxation: str, progress: float, generator: torch.Gen
     return soft, soft * (1 - soft) / temperature
 
 
-def _scaling(
-    relaxed: RelaxedDenoiser, recording: Recording, begun: Sequence[Sequence[int]], memo: Memo, report: Report
-) -> NDArray[np.float64]:
+def _scaling(relaxed: RelaxedDenoiser, recording: Recording, memo: Memo, report: Report) -> NDArray[np.float64]:
     """a_t: the relative change of the blocks' outputs from the step before, over its mean; 1 where a run begins."""
     if "scaling" not in memo:
-        changes, before = [], None
+        changes, before, begun = [], None, recording.begun
         for step, calls in enumerate(recording.steps):
             features = relaxed.observe(calls)[0]
             if before is not None and begun[step][0] < step:

@@ -109,6 +109,8 @@ def search(
     template: what the mask is for; its decisions do not matter. starts: further masks to begin with, bool [steps, blocks].
     rules: reuse rules to choose from, one for each block. sensitivity: mask -> float64 [steps, blocks], what computing a block
     at a step is worth (``learning.sensitivity``). macs: float64 [blocks].
+
+    Raises FloatingPointError where no mask came to anything finite.
     """
     steps = template.steps
     shares = evaluate.shares
@@ -171,7 +173,15 @@ def search(
             incumbent = Found(mask, decibels)
             evaluate.show(incumbent)
             moves = _moves(mask.compute, worth, macs, random.Random(seed + len(tried)))
+    check_finite(incumbent, evaluate)
     return incumbent
+
+
+def check_finite(found: Found, evaluate: Evaluations) -> None:
+    """Raises FloatingPointError where a mask came to something that is not finite, with where that began, if it is known."""
+    if not np.isfinite(found.decibels).all():
+        where = evaluate.fidelity.broken or "a sampling pass does not come to finite numbers"
+        raise FloatingPointError(f"under the best mask that was tried, {where}; without a mask it is. Is it in half precision?")
 
 
 def spread(

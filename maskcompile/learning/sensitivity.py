@@ -17,7 +17,7 @@ AT = (0.25, 0.75)
 
 
 def sensitivities(
-    relaxed: RelaxedDenoiser, recording: Recording, begun: Sequence[Sequence[int]], mask: Mask, steps: Sequence[int]
+    relaxed: RelaxedDenoiser, recording: Recording, mask: Mask, steps: Sequence[int]
 ) -> dict[int, NDArray[np.float64]]:
     """step -> float64 [blocks]: how much of the error of a step that reuses everything goes away by computing each block.
 
@@ -25,12 +25,11 @@ def sensitivities(
     which the mask computes the block. It is shared out by its gradient along the straight way from reusing to computing all
     (integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365, eq. 1): at its start alone, nothing upstream of a reused
     block would count. Costs a forward of every step, and ``len(AT)`` forwards and backwards of each of ``steps``; memory does
-    not grow with the number of steps. begun: for each call of each step, where its trajectory began, see ``trajectories``;
-    calls that start over have no error.
+    not grow with the number of steps. Calls whose trajectory begins at a step have no error there.
     """
     kept: dict[int, Features] = {}
     result: dict[int, NDArray[np.float64]] = {}
-    wanted = set(steps)
+    wanted, begun = set(steps), recording.begun
     for step, calls in enumerate(recording.steps):
         ran = [np.flatnonzero(column[:step]).tolist() for column in mask.compute.T]
         if step in wanted and step > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import maskcompile as mc
 from maskcompile import cli
 from maskcompile.cli import main
+from maskcompile.learning.memo import Memo
 from maskcompile.learning.recording import record
 from tests.architectures import architecture
 from tests.denoisers import denoiser
@@ -216,12 +218,57 @@ def test_what_is_wrong_is_one_line(folders, tmp_path, capsys):
     assert len(unknown) < 300
     wanting = error("learn", folders / "text2img", tmp_path / "mask.json", "--budget", "0.5")
     assert "text2img could not be sampled from: Provide either `prompt`" in wanting
+    twice = error("learn", folders / "pipeline", tmp_path / "mask.json", "--budget", "0.5", "--call", '{"generator": 1}')
+    assert "could not be sampled from" in twice
+    assert "got multiple values for keyword argument 'generator'" in twice
+    learn = ("learn", folders / "pipeline")
+    assert "it names a file in a folder that there is" in error(*learn, tmp_path, "--budget", "0.5")
+    assert "it names a file in a folder that there is" in error(*learn, tmp_path / "none" / "mask.json", "--budget", "0.5")
+    for passes in ("0", "-1", "nan"):
+        assert "passes is the work of the search" in error(*learn, tmp_path / "m.json", "--budget", "0.5", "--passes", passes)
+    paper = ("--method", "paper", "--passes", "3")
+    assert "the paper's method has none such" in error(*learn, tmp_path / "mask.json", "--budget", "0.5", *paper)
+    for file in ("config.json", "model_index.json"):
+        (tmp_path / "list").mkdir()
+        (tmp_path / "list" / file).write_text("[]")
+        assert "does not hold a JSON object" in error("inspect", tmp_path / "list")
+        assert "does not hold a JSON object" in error("learn", tmp_path / "list", tmp_path / "mask.json", "--budget", "0.5")
+        shutil.rmtree(tmp_path / "list")
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "NoScheduler"}')
     denoiser("unet2d").model.save_pretrained(tmp_path / "unet")
     assert "names the class 'NoScheduler', which this diffusers" in error(
         "learn", tmp_path, tmp_path / "mask.json", "--budget", "0.5"
     )
+
+
+@pytest.mark.parametrize("name", ["mask.checkpoint", "unet-0.5", "mask.json"])
+def test_the_mask_is_where_it_was_to_be_written(folders, tmp_path, name):
+    learned(folders / "pipeline", tmp_path / name, 5)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_interrupted_it_says_where_it_goes_on(folders, tmp_path, monkeypatch, capsys):
+    """By Ctrl-C, once something has been saved; the same command comes to the mask of one that was not interrupted."""
+    whole = learned(folders / "pipeline", tmp_path / "whole.json", 5)
+    write = Memo.__setitem__
+
+    def interrupting(memo, key, value):
+        write(memo, key, value)
+        if len(memo.results) == 3:
+            raise KeyboardInterrupt
+
+    command = ["learn", folders / "pipeline", tmp_path / "mask.json", "--budget", "0.6", "--steps", "5", "--seeds", "0"]
+    command = [*map(str, command), "--passes", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Memo, "__setitem__", interrupting)
+        assert main(command) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"maskcompile learn: interrupted; the same command goes on from {tmp_path / 'mask.json.checkpoint'}."
+    assert not (tmp_path / "mask.json").exists()
+    assert main(command) == 0
+    assert mc.Mask.load(tmp_path / "mask.json") == whole
+    assert not (tmp_path / "mask.json.checkpoint").exists()
 
 
 def test_an_error_that_says_nothing_is_named(monkeypatch, capsys):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +23,8 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import maskcompile as mc
 from maskcompile.learning.fidelity import Fidelity, fidelity
@@ -376,21 +381,31 @@ def test_a_pipeline(case):
     assert report.signatures[0].share == pytest.approx(mask.provenance["share"], abs=1e-4)
 
 
-@pytest.mark.parametrize("returns", ["tensor", "nothing", "pictures", "dictionary"])
-def test_a_full_mask_changes_nothing(case, returns):
-    """Whatever a sampler returns, and though it changes its sample in place."""
+@pytest.mark.parametrize(
+    ("returns", "named"),
+    [("tensor", False), ("nothing", False), ("nothing", True), ("pictures", False), ("dictionary", False)],
+)
+def test_a_full_mask_changes_nothing(returns, named):
+    """Whatever a sampler returns, though it changes its sample in place, and whatever the order of what it names."""
+    case = denoiser("unet2d_condition" if named else "unet2d")
+    text = torch.randn(case.batch, 5, 16, generator=torch.Generator().manual_seed(0))
 
     def sample(seed):
         x = case.inputs(case.batch, 999, seed)[0][0].clone()
         for t in range(900, 300, -100):
             with torch.no_grad():
-                x.sub_(tensors_of(case.model(x, torch.tensor(t)))[0], alpha=0.1)
+                given = {"timestep": torch.tensor(t), "sample": x, "encoder_hidden_states": text} if named else {}
+                x.sub_(tensors_of(case.model(**given) if named else case.model(x, torch.tensor(t)))[0], alpha=0.1)
         array = (x.clamp(-1, 1) * 127 + 128).permute(0, 2, 3, 1).byte().numpy()
         kinds = {"tensor": x, "nothing": None, "pictures": [Image.fromarray(a) for a in array], "dictionary": {"x": x, "n": 3}}
         return kinds[returns]
 
     recording = record(case.model, sample, 0)
     assert len(recording.outcome) == case.batch
+    if returns == "nothing":
+        last = recording.steps[-1][0]
+        noisy = last.call.kwargs["sample"] if named else last.call.args[0]
+        assert torch.equal(recording.outcome, torch.cat([noisy.flatten(1), last.results[0].flatten(1)], dim=1))
     full = mc.Mask.full(["mid_block.attentions.0"], recording.timesteps)
     measured = Fidelity(case.model, sample, [recording], full, "eager", None, Processes())
     assert measured(full).tolist() == [80.0] * case.batch
@@ -457,6 +472,20 @@ def test_bad_input(case):
         case.model.eval()
     with pytest.raises(ValueError, match="in one direction"):
         mc.learn(case.model, lambda seed: [sample(seed), sample(seed)], 0.5, progress=False)
+    for passes in (0, -5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="passes is the work of the search in sampling passes, above 0; got"):
+            mc.Search(passes=passes)
+    for options in ({"learning_rate": float("nan")}, {"learning_rate": 0.0}, {"bimodal": -1.0}):
+        with pytest.raises(ValueError, match="learning_rate is above 0 and bimodal 0 or more"):
+            mc.Paper(**options)
+
+    def cast(seed):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sample(seed)
+
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match="autocast is active"):
+            mc.learn(case.model, cast, 0.5, method=method, progress=False)
 
 
 def test_what_is_not_finite_stops_with_the_step_named(case):
@@ -472,6 +501,40 @@ def test_what_is_not_finite_stops_with_the_step_named(case):
     assert "forward" not in vars(case.model)
     with pytest.raises(FloatingPointError, match=r"what sample\(0\) returned is not finite"):
         mc.learn(case.model, lambda seed: sampler(case)(seed) * float("nan"), 0.5, progress=False)
+
+
+@pytest.mark.parametrize("verb", ["learn", "fit_reach"])
+@pytest.mark.parametrize("breaks", ["denoiser", "sampler"])
+def test_masks_under_which_nothing_is_finite_stop_with_the_step_named(case, verb, breaks):
+    """A sampler that breaks where a step is not what it is without a mask."""
+    own = {seed: list(steps_of(case, seed)) for seed in (0, 1)}
+
+    def sample(seed):
+        for step, x in enumerate(steps_of(case, seed, own[seed] if breaks == "denoiser" else None)):
+            last = step, x
+        return last[1] if breaks == "denoiser" or torch.equal(last[1], own[seed][-1]) else last[1] * float("nan")
+
+    at = r"the denoiser's output is not finite at step \d+ \(timestep \d+\) of sample\([01]\)"
+    said = at if breaks == "denoiser" else r"what sample\([01]\) returned is not finite, although the denoiser's outputs are"
+    mask = mc.schedules.uniform(program_of(case), range(900, 300, -100), interval=2, reuse="linear")
+    verbs = {
+        "learn": lambda: mc.learn(case.model, sample, 0.5, method=METHODS["search"], progress=False),
+        "fit_reach": lambda: mc.fit_reach(case.model, mask, sample, progress=False),
+    }
+    with pytest.raises(FloatingPointError, match=rf"under the best mask that was tried, {said}"):
+        verbs[verb]()
+    assert "forward" not in vars(case.model)
+
+
+def steps_of(case, seed, known=None):
+    """The samples of a pass; not finite from where they differ from those that are known."""
+    x = case.inputs(case.batch, 999, seed)[0][0]
+    for step, t in enumerate(range(900, 300, -100)):
+        with torch.no_grad():
+            x = x - 0.1 * tensors_of(case.model(x, torch.tensor(t)))[0]
+        if known is not None and not torch.equal(x, known[step]):
+            x = x * float("nan")
+        yield x
 
 
 def test_a_budget_of_everything(case):
@@ -520,6 +583,22 @@ def test_a_forgotten_seed_is_told(case, verb):
         told()
 
 
+def test_noise_of_the_steps_without_a_seed_is_told(case):
+    """The first call is the same every time, those after it are not."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+
+    def sample(seed):
+        x = torch.randn(case.inputs(case.batch, 999, 0)[0][0].shape, generator=torch.Generator().manual_seed(seed))
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                x = scheduler.step(tensors_of(case.model(x, t))[0], t, x, eta=1.0).prev_sample
+        return x
+
+    with pytest.raises(ValueError, match=r"sample\(0\) called the denoiser with other values when it was run again"):
+        mc.learn(case.model, sample, 0.5, method=METHODS["search"], progress=False)
+
+
 def program_of(case):
     args, kwargs = case.inputs(case.batch, 999, 0)
     return mc.trace(case.model, *args, **kwargs)
@@ -537,11 +616,73 @@ def test_an_outcome_that_is_always_the_same_is_told(case):
         mc.learn(case.model, lambda seed: own(seed) * 0, 0.5, method=METHODS["search"], progress=False)
 
 
-def test_numbers_of_numpy(case):
-    def learned(seeds, budget):
-        return mc.learn(case.model, sampler(case), budget, method=QUICK, seeds=seeds, progress=False)
+def test_numbers_of_numpy(case, tmp_path):
+    def learned(seeds, budget, epochs):
+        method = dataclasses.replace(QUICK, epochs=epochs)
+        return mc.learn(case.model, sampler(case), budget, method=method, seeds=seeds, progress=False)
 
-    assert learned(np.arange(2), np.float32(0.5)) == learned([0, 1], 0.5)
+    mask = learned(np.arange(2), np.float32(0.5), np.int64(3))
+    assert mask == learned([0, 1], 0.5, 3)
+    mask.save(tmp_path / "mask.json")
+    assert mc.Mask.load(tmp_path / "mask.json").provenance["options"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bar_shows_share_and_fidelity_and_comes_to_its_end(case, monkeypatch, method):
+    shown = io.StringIO()
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False}, file=shown, mininterval=0, ncols=120)
+            bars.append(self)
+
+    monkeypatch.setattr(sys.modules["maskcompile.learn"], "tqdm", Bar)
+    options = METHODS[method]
+    options = dataclasses.replace(options, reach=False) if method == "search" else options
+    mc.learn(case.model, sampler(case), 0.5, method=options)
+    lines = [line for line in shown.getvalue().split("\r") if line.strip()]
+    assert re.search(r"fidelity=-?\d+\.\d dB.*share=0\.\d{3}|share=0\.\d{3}.*fidelity=-?\d+\.\d dB", lines[-1])
+    assert bars[0].n == pytest.approx(bars[0].total, abs=1.0)
+
+
+#: (step, one text, another one, what the step before was given) -> what the denoiser is given as its text
+CONDITIONED = {
+    "the same": lambda step, one, other, before: one,
+    "another from the middle on": lambda step, one, other, before: one if step < 6 else other,
+    "made anew, another from the middle on": lambda step, one, other, before: (one if step < 6 else other).clone(),
+    "made anew at every third step": lambda step, one, other, before: before if step % 3 else one.clone(),
+    "overwritten in the middle": lambda step, one, other, before: one.copy_(other) if step == 6 else one,
+}
+
+
+@pytest.mark.parametrize("method", ["search", "random"])
+@pytest.mark.parametrize("conditioned", CONDITIONED)
+def test_the_share_is_what_a_run_takes_however_conditioning_is_given(conditioned, method):
+    """By the same values in other tensors, or other values in the same: torch counts what is executed."""
+    case = denoiser("unet2d_condition")
+
+    def sample(seed, model=case.model):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, 4, 8, 8, generator=generator)
+        one, other, text = (torch.randn(2, 5, 16, generator=generator) for _ in range(3))
+        for step, t in enumerate(range(960, 0, -80)):
+            text = CONDITIONED[conditioned](step, one, other, text)
+            with torch.no_grad():
+                x = x - 0.05 * tensors_of(model(x, torch.tensor(t), encoder_hidden_states=text))[0]
+        return x
+
+    def counted(model):
+        with FlopCounterMode(display=False) as counter:
+            sample(0, model)
+        return counter.get_total_flops()
+
+    options = mc.Search(passes=4, reach=False) if method == "search" else QUICK
+    mask = mc.learn(case.model, sample, 0.6, method=options, progress=False)
+    fast = mc.optimize(case.model, mask, backend="eager")
+    sample(0, fast)  # which captures
+    assert counted(fast) / counted(case.model) == pytest.approx(mask.provenance["share"], abs=2e-3)
+    assert 0.59 <= mask.provenance["share"] <= 0.61
 
 
 def test_a_pipeline_is_no_denoiser(case):
