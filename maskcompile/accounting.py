@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskcompile.mask import Mask, MaskError, check_blocks
 from maskcompile.program import Program
 from maskcompile.signature import bind
-from passes.capture import kept_state
 from passes.dependencies import Slots, slot_dependencies
 from passes.knowledge import KNOWLEDGE, apply_knowledge
 from passes.plan import Plan, plan_run, share_graphs
 from passes.rectify import Compute
 from passes.rectify import rectify as _rectify
+from passes.state import kept_state
 
 
 def count_macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:

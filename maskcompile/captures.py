@@ -16,15 +16,16 @@ from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from maskcompile._version import __version__
 from maskcompile.digest import digest, sources
-from maskcompile.fingerprint import Fingerprint, changes, fingerprint
+from maskcompile.fingerprint import Fingerprint, Place, alike, changes, fingerprint, value_at
 from maskcompile.signature import Call
-from passes.capture import Capture, CaptureError, attributes_of, capture, check_again, composite_modules, constants
-from passes.serialise import restore, serialise
+from passes.capture import Capture, CaptureError, capture, check_again, composite_modules, constants, run_again
+from passes.serialise import restore as restore_capture
+from passes.serialise import serialise
+from passes.state import inner_tensors, restore, snapshot
 
 #: Held while anything is captured or compiled: torch does either in one thread at a time.
 MAKING = threading.RLock()
@@ -35,8 +36,9 @@ MOST_KEPT = 8
 
 @dataclass(frozen=True)
 class Captured:
-    """after: the denoiser's fingerprint when it had been captured. volatile: what of it a forward changes by itself, but
-    for what the graph holds of it: where that is set anew, the capture is of the past.
+    """after: the denoiser's fingerprint when it had been captured. touched: where capturing changed it, by the first forwards.
+    volatile: where every forward does. held: where the graph holds what is there: where that is set anew, the capture is of
+    the past.
 
     name: in files, the same in another process. sources: the code that it is of, see ``maskcompile.digest``. unnamed: why it
     has no name; empty, too, for a capture for any batch, which has none.
@@ -44,7 +46,9 @@ class Captured:
 
     capture: Capture
     after: Fingerprint
-    volatile: set[tuple[str, str]]
+    touched: frozenset[Place]
+    volatile: frozenset[Place]
+    held: frozenset[Place]
     name: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
     unnamed: str = ""
@@ -69,15 +73,16 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
     before = fingerprint(model)
     with MAKING:
         kept = _kept.setdefault(model, {})
-        for other in [other for other, found in kept.items() if not changes(found.after, before) <= found.volatile]:
+        for other in [other for other, found in kept.items() if not _holds_still(found, before, kept.values())]:
             del kept[other]
         made = kept.pop(key, None)
         if made is None:
             name, unnamed = _name(model, call, marks) if batch is None else ("", "")
-            attributes = attributes_of(model)
+            attributes = snapshot(model)
             found, code = _loaded(name, model, call) or (capture(model, call.args, call.kwargs, marks, batch), {})
             after = fingerprint(model)
-            if not code and changes(before, after):
+            touched = frozenset(changes(before, after))
+            if not code and touched:
                 check_again(found, model, call.args, call.kwargs, attributes)
             if name and not code:
                 try:
@@ -85,22 +90,42 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
                 except Exception as error:
                     name, unnamed = "", str(error)
             memory = constants(found)
-            volatile = {key for key in changes(before, after) if not _holds(model, key, memory)}
-            made = Captured(found, after, volatile, name, code, unnamed)
+            held = frozenset(place for place in touched if _holds(value_at(model, place), memory))
+            volatile = _changed_again(model, call, after) - held if touched else frozenset()
+            made = Captured(found, after, touched, volatile, held, name, code, unnamed)
         kept[key] = made  # the last to go
         while len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
     return made
 
 
-def _holds(model: nn.Module, key: tuple[str, str], memory: Collection[int]) -> bool:
-    """Whether an attribute of a module holds a tensor in one of these places, itself or in containers and objects."""
-    path, name = key
-    module = model.get_submodule(path)
-    value = module._buffers[name] if name in module._buffers else vars(module).get(name)
-    leaves = pytree.tree_leaves(value)
-    leaves += [inner for leaf in leaves for inner in pytree.tree_leaves(getattr(leaf, "__dict__", None))]
-    return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in memory for leaf in leaves)
+def _holds_still(made: Captured, now: Fingerprint, others: Iterable[Captured]) -> bool:
+    """Whether a capture is still what the denoiser does.
+
+    What a forward at another capture left (the last resolution, another entry of a table) changes nothing about this one.
+    """
+    others = list(others)
+
+    def left(place: Place) -> bool:
+        return any(place in other.touched and alike(place, other.after, now) for other in others)
+
+    changed = changes(made.after, now) - made.volatile
+    return changed.isdisjoint(made.held) and all(map(left, changed))
+
+
+def _changed_again(model: nn.Module, call: Call, after: Fingerprint) -> frozenset[Place]:
+    """Where another forward changes a denoiser that has been run; it is put back."""
+    attributes = snapshot(model)
+    try:
+        run_again(model, call.args, call.kwargs)
+        return frozenset(changes(after, fingerprint(model)))
+    finally:
+        restore(attributes)
+
+
+def _holds(value: Any, memory: Collection[int]) -> bool:
+    """Whether a value has a tensor in one of these places in memory, itself or in containers and objects."""
+    return any(tensor.untyped_storage().data_ptr() in memory for tensor in inner_tensors(value))
 
 
 def saved_captures(model: nn.Module, captures: Collection[Capture]) -> dict[str, bytes]:
@@ -166,7 +191,7 @@ def _restored(name: str, model: nn.Module, call: Call) -> tuple[Capture, dict[st
         code: dict[str, str] = document["sources"]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CaptureError(f"it is damaged ({error}).") from error
-    restored = restore(document, constants, model, call.args, call.kwargs)
+    restored = restore_capture(document, constants, model, call.args, call.kwargs)
     try:
         ran = sources(restored)
     except Exception as error:

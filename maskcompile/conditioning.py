@@ -14,28 +14,36 @@ from weakref import ref
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+#: A tensor's memory, the offset in it, and the strides.
+Place = tuple[int, int, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The tensors of a trajectory's last call that tell it apart.
+    """The tensors of a trajectory's last call that tell it apart, as they were given.
 
-    places: which of the call's tensors they are. where: the memory of each and the offset in it. memory, objects: weak
-    references, with which nothing else takes the place of what is gone. same: whether each was the same one call before.
+    places: which of the call's tensors they are. where: the memory of each, the offset in it and the strides. memory, objects:
+    weak references, with which nothing else takes the place of what is gone. same: whether each was the same one call before.
     """
 
     places: tuple[int, ...]
-    where: tuple[tuple[int, int], ...]
+    where: tuple[Place, ...]
     memory: tuple[StorageWeakRef, ...]
     objects: tuple[ref[Tensor], ...]
     same: tuple[bool, ...]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor], places: Sequence[int], same: Sequence[bool] | None = None) -> Conditioning:
-        """That of a trajectory's first call, or of another one, given whether each is what it was."""
+    def first(tensors: Sequence[Tensor], places: Sequence[int], seen: Sequence[Conditioning]) -> Conditioning:
+        """That of a trajectory's first call. seen: of the calls at the step before, whichever trajectory they were of."""
+        now = _where(tensors, places)
+        alike = [known.where for known in seen if known.places == tuple(places)]
+        return Conditioning._of(tensors, places, [any(known[i] == here for known in alike) for i, here in enumerate(now)])
+
+    @staticmethod
+    def _of(tensors: Sequence[Tensor], places: Sequence[int], same: Sequence[bool]) -> Conditioning:
         memory = tuple(StorageWeakRef(tensors[place].untyped_storage()) for place in places)
         objects = tuple(ref(tensors[place]) for place in places)
-        known = (False,) * len(places) if same is None else tuple(same)
-        return Conditioning(tuple(places), _where(tensors, places), memory, objects, known)
+        return Conditioning(tuple(places), _where(tensors, places), memory, objects, tuple(same))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether a call with these tensors can be of the same trajectory."""
@@ -49,7 +57,7 @@ class Conditioning:
         if all(self.same) and self._very_same(tensors):
             return self
         now = _where(tensors, self.places)
-        return Conditioning.of(tensors, self.places, [here == before for here, before in zip(now, self.where, strict=True)])
+        return Conditioning._of(tensors, self.places, [here == before for here, before in zip(now, self.where, strict=True)])
 
     def _very_same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether they are the same objects, which most loops hand on."""
@@ -59,5 +67,6 @@ class Conditioning:
         return True
 
 
-def _where(tensors: Sequence[Tensor], places: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((tensors[place].untyped_storage()._cdata, int(tensors[place].storage_offset())) for place in places)
+def _where(tensors: Sequence[Tensor], places: Sequence[int]) -> tuple[Place, ...]:
+    found = [tensors[place] for place in places]
+    return tuple((t.untyped_storage()._cdata, int(t.storage_offset()), t.stride()) for t in found)

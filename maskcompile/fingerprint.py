@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from passes.state import DEPTH, parts
+
 #: (module path, attribute) -> something that compares equal as long as nothing was replaced.
 Fingerprint = Mapping[tuple[str, str], Any]
+
+#: Where something is: module path, attribute, and from there keys, positions and names of what is in it.
+Place = tuple[Hashable, ...]
 
 #: Attributes of a module that hold its hooks.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -20,8 +25,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _IGNORED = (frozenset(vars(nn.Module())) | {"_is_torch_compile"}) - {"training"}
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
-#: Of containers and objects: PEFT keeps adapters' scales in a dict of dicts, attention processors share controllers.
-_DEPTH = 8
+#: Classes of what is not the denoiser's own, by name, where processors may refer to it: it changes from picture to picture.
+_OTHERS = frozenset({"SchedulerMixin", "DiffusionPipeline", "PreTrainedTokenizerBase"})
 
 #: Bytes of an array whose values are looked at; larger ones count by identity.
 _MOST_BYTES = 4096
@@ -30,27 +35,43 @@ _MOST_BYTES = 4096
 class _Same:
     """Equal for one and the same object while it lives: another one that takes its place in memory is not the same.
 
-    A weak reference, for a denoiser may be among its own settings (a method of its own in the place of ``forward``).
+    A weak reference, for a denoiser may be among its own settings (a method of its own in the place of ``forward``). What takes
+    none goes by its address alone, beside which what is in it is looked at.
     """
 
-    __slots__ = ("reference",)
+    __slots__ = ("address", "kind", "reference")
 
     def __init__(self, value: Any) -> None:
+        self.kind, self.address = type(value), id(value)
         try:
-            self.reference: Any = weakref.ref(value)
-        except TypeError:  # a container, a number of numpy's: it is kept alive
-            self.reference = lambda: value
+            self.reference: weakref.ref[Any] | None = weakref.ref(value)
+        except TypeError:
+            self.reference = None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (value := self.reference()) is not None and other.reference() is value
+        if not isinstance(other, _Same) or self.kind is not other.kind or self.address != other.address:
+            return False
+        if self.reference is None or other.reference is None:
+            return self.reference is other.reference
+        return (value := self.reference()) is not None and other.reference() is value
 
     __hash__ = None  # type: ignore[assignment]
 
 
 class _Again(NamedTuple):
-    """What was looked into before, as the which."""
+    """What was looked into before, where that was."""
 
-    which: int
+    place: Place
+
+
+class _Parts(NamedTuple):
+    """What a container (by its type) or an object (by itself) holds."""
+
+    of: type | _Same
+    parts: Mapping[Hashable, Any]
+
+
+_MISSING = object()
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -60,11 +81,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     for path, module in model.named_modules():
         found[path, ""] = _Same(module)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            found[path, name] = None if tensor is None else _token(tensor, seen)
+            found[path, name] = None if tensor is None else _token(tensor, seen, (path, name))
         for key in HOOKS:
-            found[path, key] = _token(vars(module)[key], seen)
+            found[path, key] = _token(vars(module)[key], seen, (path, key))
         for key, value in settings(module):
-            found[path, key] = _token(value, seen)
+            found[path, key] = _token(value, seen, (path, key))
     return found
 
 
@@ -80,33 +101,69 @@ def _without_hooks(value: Any) -> bool:
     return not getattr(value, "hooks", None)
 
 
-def changes(before: Fingerprint, after: Fingerprint) -> set[tuple[str, str]]:
+def changes(before: Fingerprint, after: Fingerprint) -> set[Place]:
     """Where two fingerprints differ."""
-    missing = object()
-    return {key for key in before.keys() | after.keys() if before.get(key, missing) != after.get(key, missing)}
+    found: set[Place] = set()
+    for key in before.keys() | after.keys():
+        _differ(key, before.get(key, _MISSING), after.get(key, _MISSING), found)
+    return found
 
 
-#: What a fingerprint has looked into, by id: which of them it was, and the object, whose id no other takes meanwhile.
-_Seen = dict[int, tuple[int, Any]]
+def _differ(place: Place, before: Any, after: Any, found: set[Place]) -> None:
+    if before == after:
+        return
+    if isinstance(before, _Parts) and isinstance(after, _Parts) and before.of == after.of:
+        for label in before.parts.keys() | after.parts.keys():
+            _differ((*place, label), before.parts.get(label, _MISSING), after.parts.get(label, _MISSING), found)
+    else:
+        found.add(place)
 
 
-def _token(value: Any, seen: _Seen, depth: int = _DEPTH) -> Any:
+def alike(place: Place, one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether two fingerprints have the same there."""
+
+    def of(whole: Fingerprint) -> Any:
+        path, attribute, *trail = place
+        token = whole.get((str(path), str(attribute)), _MISSING)
+        for label in trail:
+            token = token.parts.get(label, _MISSING) if isinstance(token, _Parts) else _MISSING
+        return token
+
+    return bool(of(one) == of(other))
+
+
+def value_at(model: nn.Module, place: Place) -> Any:
+    """What is at a place now; None where it is gone."""
+    path, attribute, *trail = place
+    module = dict(model.named_modules()).get(str(path))
+    if module is None:
+        return None
+    held = (module._buffers, module._parameters, vars(module))
+    value = next((names[str(attribute)] for names in held if str(attribute) in names), None)
+    for label in trail:
+        value = (parts(value) or {}).get(label)
+    return value
+
+
+#: What a fingerprint has looked into, by id: where, and the object, whose id no other takes meanwhile.
+_Seen = dict[int, tuple[Place, Any]]
+
+
+def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
     """Equal as long as nothing in a value was replaced. What is in a second place, or in itself, is looked into once."""
     if isinstance(value, _SCALARS):
-        return value
+        return value if value == value else _Again(("nan",))  # which is not equal to itself
     if isinstance(value, Tensor):
         return (_Same(value), value.dtype, value.device, value.shape, value.stride() if value.layout == torch.strided else None)
     if isinstance(value, (np.ndarray, np.generic)) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
         return value.dtype.str, value.shape, value.tobytes()
-    if not depth or isinstance(value, (nn.Module, type, types.ModuleType)):
+    if not depth or isinstance(value, (nn.Module, type)) or any(kind.__name__ in _OTHERS for kind in type(value).__mro__):
         return _Same(value)
     if id(value) in seen:
         return _Again(seen[id(value)][0])
-    seen[id(value)] = len(seen), value
-    if isinstance(value, dict):  # other mappings may do something when they are read: accelerate's load weights from disk
-        return [(_token(k, seen, depth - 1), _token(v, seen, depth - 1)) for k, v in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_token(v, seen, depth - 1) for v in value]
-    if isinstance(getattr(value, "__dict__", None), dict):
-        return _Same(value), _token(vars(value), seen, depth - 1)  # an attention processor and its settings
-    return _Same(value)
+    if (found := parts(value)) is None:
+        return _Same(value)
+    seen[id(value)] = place, value
+    container = isinstance(value, (dict, list, tuple, set, frozenset, deque))
+    tokens = {label: _token(part, seen, (*place, label), depth - 1) for label, part in found.items()}
+    return _Parts(type(value) if container else _Same(value), tokens)

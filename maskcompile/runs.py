@@ -107,12 +107,18 @@ class Trajectory(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The runs in progress. calls: so far at the last timestep. expected: numbers of calls that let trajectories go on."""
+    """The runs in progress.
+
+    calls: so far at the last timestep. expected: numbers of calls that let trajectories go on. now, seen: what the calls at the
+    last timestep, and at the one before it, were given, which tells trajectories that start over apart, too.
+    """
 
     last: Where | None = None
     calls: int = 0
     expected: tuple[int, ...] = (1,)
     trajectories: tuple[Trajectory, ...] = ()
+    now: tuple[Conditioning, ...] = ()
+    seen: tuple[Conditioning, ...] = ()
 
 
 class Clock:
@@ -209,9 +215,9 @@ def advance(runs: Runs, where: Where) -> Runs:
         # After an overflow the next step cannot know whose cache is whose: nothing is expected, so all start over there.
         return Runs(where, expected=()) if runs.calls >= MOST_TRAJECTORIES else runs._replace(last=where)
     if runs.calls in runs.expected:
-        return Runs(where, 0, (runs.calls,), runs.trajectories[: runs.calls])
+        return Runs(where, 0, (runs.calls,), runs.trajectories[: runs.calls], (), runs.now)
     # When all start over, a single call at this step is unmistakable, as it is at the start of a run.
-    return Runs(where, 0, (runs.calls, 1))
+    return Runs(where, 0, (runs.calls, 1), (), (), runs.now)
 
 
 def current(runs: Runs, key: Key, tensors: Sequence[Tensor]) -> Trajectory | None:
@@ -230,7 +236,8 @@ def current(runs: Runs, key: Key, tensors: Sequence[Tensor]) -> Trajectory | Non
 def commit(runs: Runs, trajectory: Trajectory) -> Runs:
     """The runs after the call, which moved its trajectory on to ``trajectory``."""
     before, after = runs.trajectories[: runs.calls], runs.trajectories[runs.calls + 1 :]
-    return Runs(runs.last, runs.calls + 1, runs.expected, (*before, trajectory, *after))
+    now = (*runs.now, trajectory.conditioning)
+    return Runs(runs.last, runs.calls + 1, runs.expected, (*before, trajectory, *after), now, runs.seen)
 
 
 def failed(runs: Runs, where: Where) -> Runs:

@@ -33,7 +33,7 @@ from maskcompile.compile import Backend, saved_regions
 from maskcompile.conditioning import Conditioning
 from maskcompile.dropin import DropIn
 from maskcompile.fallback import ModuleRun, ModuleStep, Uncaptured
-from maskcompile.fingerprint import Fingerprint, changes, fingerprint
+from maskcompile.fingerprint import Fingerprint, Place, changes, fingerprint
 from maskcompile.graphs import SignatureGraphs
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.replay import MOST_ARENAS, Arena, Lease, LeaseLost, addresses, obstacle
@@ -161,10 +161,11 @@ class OptimizedDenoiser(DropIn):
         self._captures: dict[Key, SignatureGraphs] = {}
         self._arenas: list[Arena] = []
         self._uncaptured: dict[Key, Uncaptured] = {}
-        self._warned_uncaptured = False
+        self._warned_uncaptured = self._warned_again = False
         self._marked: set[str] = set()
         self._fingerprint: Fingerprint = {}
-        self._volatile: set[tuple[str, str]] = set()
+        self._volatile: set[Place] = set()
+        self._why: set[Place] = set()
         self.forward = self._make_forward()
         self.set_mask(mask)
         self._complete = True
@@ -271,7 +272,7 @@ class OptimizedDenoiser(DropIn):
             where = locate(self._clock, timestep, own.runs.last)
             before = own.runs if self._may_go_on(where) else Runs()
             runs = advance(before, where)
-            trajectory = current(runs, call.key, call.tensors)
+            trajectory = current(runs, call.key, call.given)
             if trajectory is None:
                 with MAKING:
                     if self._check_weights():
@@ -281,8 +282,8 @@ class OptimizedDenoiser(DropIn):
                     trajectory = self._begin(call, timestep, where, runs)
         try:
             step, outputs, cache = self._step(trajectory, call.tensors)
-            self._count(runs, where, step.reuses, went_on=trajectory.position > 0)
-            own.runs = commit(runs, trajectory.moved(call.tensors, cache))
+            self._count(runs, where, step.reuses, trajectory)
+            own.runs = commit(runs, trajectory.moved(call.given, cache))
         except BaseException:
             if trajectory.lease is not None:  # what the run needs may be overwritten
                 trajectory.lease.end()
@@ -326,7 +327,7 @@ class OptimizedDenoiser(DropIn):
     def _begin(self, call: Bound, timestep: Tensor, where: Where, runs: Runs) -> Trajectory:
         """A trajectory that starts at this call, with nothing in its cache. runs: of this thread, as they are then."""
         self._use(call.key)
-        conditioning = Conditioning.of(call.tensors, self._conditioning(call))
+        conditioning = Conditioning.first(call.given, self._conditioning(call), runs.seen)
         course = course_of(self._clock, where, timestep)
         source = where.source.pointer if where.source is not None and leaves_out(course) else None
         if call.key in self._uncaptured:
@@ -341,7 +342,7 @@ class OptimizedDenoiser(DropIn):
         else:
             capture = self._captures[call.key].capture
             sample = capture.inputs.index(capture.sample)
-        return [place for place, t in enumerate(call.tensors) if place != sample and t is not call.timestep]
+        return [place for place, t in enumerate(call.given) if place != sample and t is not call.timestep]
 
     def _lease(self, call: Bound, schedule: Schedule, runs: Runs) -> Lease | None:
         """Memory to replay a run on; None where nothing is replayed, or as many runs as can be are in progress."""
@@ -394,13 +395,18 @@ class OptimizedDenoiser(DropIn):
             for old in [old for old in made if old not in origins]:
                 del made[old]  # type: ignore[attr-defined]
 
-    def _count(self, runs: Runs, where: Where, reuses: bool, went_on: bool) -> None:
-        """Keep the figures of the report, and warn once of each thing that makes a mask do nothing."""
+    def _count(self, runs: Runs, where: Where, reuses: bool, trajectory: Trajectory) -> None:
+        """Keep the figures of the report, and warn once of each thing that makes a mask do nothing.
+
+        trajectory: of the call, before it.
+        """
+        went_on = trajectory.position > 0
         with self._lock:
             counts = self._counts
             counts.calls += 1
             counts.reusing += reuses
-        self._count_alone(runs, where, went_on)
+        if went_on or len(trajectory.course) > 1:  # the last step of the mask may well be a run of its own
+            self._count_alone(runs, where, went_on)
         if where.step is None:
             counts.unknown += 1
             if counts.unknown + counts.skipped == 1:
@@ -485,7 +491,8 @@ class OptimizedDenoiser(DropIn):
             self._warned_uncaptured = True
             self._uncaptured[call.key] = Uncaptured.of(call, reason, hook is not None, of_mask)
             self._fingerprint = fingerprint(self.original)
-            self._volatile |= changes(before, self._fingerprint)
+            # Its forward runs at every step, and may change more of an attribute then.
+            self._volatile |= {place[:2] for place in changes(before, self._fingerprint)}
 
     def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> SignatureGraphs:
         check_capturable(self.original)
@@ -529,9 +536,18 @@ class OptimizedDenoiser(DropIn):
         """Forget captures (and say so) when weights, modules, hooks or settings were replaced since, not updated in place."""
         if any(found.hooked for found in self._uncaptured.values()) and find_hook(self.original) is None:
             self._uncaptured.clear()
-        if not self._changed():
+        if not (why := self._changed()):
             return False
         self._recaptures += 1
+        if again := sorted(map(_dotted, why & self._why)):
+            if not self._warned_again:
+                warnings.warn(
+                    f"{type(self.original).__name__} was captured {self._recaptures + 1} times, because {again[0]} is set anew "
+                    "time and again; set it once, before sampling, or keep it out of the denoiser.",
+                    stacklevel=2,
+                )
+            self._warned_again = True
+        self._why = why
         self._captures.clear()
         self._uncaptured.clear()
         self._schedules.clear()
@@ -542,9 +558,12 @@ class OptimizedDenoiser(DropIn):
         self._forget_runs()
         return True
 
-    def _changed(self) -> bool:
-        made = bool(self._captures) or any(not found.hooked for found in self._uncaptured.values())
-        return made and not changes(self._fingerprint, fingerprint(self.original)) <= self._volatile
+    def _changed(self) -> set[Place]:
+        """Where the denoiser is not what was captured."""
+        if not self._captures and all(found.hooked for found in self._uncaptured.values()):
+            return set()
+        found = changes(self._fingerprint, fingerprint(self.original))
+        return {place for place in found if place not in self._volatile and place[:2] not in self._volatile}
 
     @staticmethod
     def _rows(compute: NDArray[np.bool_], course: Course) -> NDArray[np.bool_]:
@@ -640,7 +659,7 @@ class OptimizedDenoiser(DropIn):
                 cached = [examples[version.slot].clone() for version in schedule.plans[position].inputs]
                 outputs = step.graph(call.tensors, cached, step.coefficients)
                 examples.update(zip(key.stores, outputs[step.graph.results :], strict=True))
-            lease = self._lease(Bound(call.tensors, call.key, call.timestep), schedule, Runs())
+            lease = self._lease(Bound(call.tensors, call.key, call.timestep, call.given), schedule, Runs())
             if lease is not None:
                 try:
                     for position in tqdm(range(len(schedule.plans)), desc="recording", delay=2, leave=False, disable=None):
@@ -770,6 +789,12 @@ class OptimizedDenoiser(DropIn):
 
 def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> OptimizedDenoiser:
     return OptimizedDenoiser(original, mask, **choices)
+
+
+def _dotted(place: Place) -> str:
+    """A place in a denoiser, as one would write it."""
+    path, attribute, *trail = map(str, place)
+    return ".".join([*(part for part in (path, attribute) if part), *trail]) or "the denoiser itself"
 
 
 def _warn(message: str, deeper: int = 0) -> None:

@@ -37,7 +37,8 @@ class Call:
     """A call in canonical form.
 
     args, kwargs: as given, keywords sorted; a timestep given as a whole Python number is a 0-d tensor.
-    tensors: the tensor leaves in pytree order. timestep: as given, None where the denoiser has no such parameter.
+    tensors: the tensor leaves in pytree order, dense ones, on one device. given: the same as they were given. timestep: as
+    given, None where the denoiser has no such parameter.
     """
 
     args: tuple[Any, ...]
@@ -45,6 +46,7 @@ class Call:
     tensors: tuple[Tensor, ...]
     key: Key
     timestep: Tensor | None
+    given: tuple[Tensor, ...]
 
 
 class Bound(NamedTuple):
@@ -53,6 +55,7 @@ class Bound(NamedTuple):
     tensors: tuple[Tensor, ...]
     key: Key
     timestep: Tensor | None
+    given: tuple[Tensor, ...]
 
 
 def timestep_name(signature: inspect.Signature) -> str | None:
@@ -93,6 +96,7 @@ def bind(
             else:
                 args[list(signature.parameters).index(timestep)] = value
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+    given = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     if isinstance(value, Tensor) and value.is_cpu and (moved := _cuda_device(leaves)) is not None:
         # Some pipelines leave their timesteps on the CPU, where they are read without waiting; a CUDA graph cannot read them.
         there = value.to(moved, non_blocking=True)
@@ -106,7 +110,8 @@ def bind(
             described.append((type(leaf), _hashable(leaf, model)))
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return Call(tuple(args), dict(kwargs), tensors, Key((spec, *described)), value if isinstance(value, Tensor) else None)
+    timestep_given = value if isinstance(value, Tensor) else None
+    return Call(tuple(args), dict(kwargs), tensors, Key((spec, *described)), timestep_given, given)
 
 
 class Binder:
@@ -126,7 +131,7 @@ class Binder:
             new = _Like.of(args, kwargs, call.key, self._place(args, kwargs), call.timestep.device, moved)
             if new is not None:
                 self.likes = [new, *self.likes[: MOST_LIKES - 1]]
-        return Bound(call.tensors, call.key, call.timestep)
+        return Bound(call.tensors, call.key, call.timestep, call.given)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return bind(self.model, args, kwargs, self.signature, self.timestep)
@@ -142,7 +147,7 @@ class Binder:
 #: Forms of calls that a Binder knows at a time.
 MOST_LIKES = 8
 
-#: Takes an argument and, if it is like the one that it was made from, appends its tensors, as ``bind`` makes them, to a list.
+#: Takes an argument and, if it is like the one that it was made from, appends its tensors to a list.
 _Check = Callable[[Any, list[Tensor]], bool]
 
 
@@ -152,6 +157,7 @@ class _Like:
 
     positional, keywords: how the arguments are given. checks: one for each. order: of the tensors in pytree order, keywords
     sorted, among those in the order given. timestep: its place among the arguments. moved: the device that it is brought to.
+    strided: which of the tensors, as ordered, have to be made dense.
     """
 
     positional: int
@@ -161,6 +167,7 @@ class _Like:
     key: Key
     timestep: int | None
     moved: torch.device | None
+    strided: tuple[int, ...]
 
     @staticmethod
     def of(
@@ -173,26 +180,26 @@ class _Like:
     ) -> _Like | None:
         """None for arguments that only ``bind`` understands."""
         values = [*args, *kwargs.values()]
-        checks, ranges, count = [], [], 0
+        checks, ranges = [], []
+        found: list[Tensor] = []
         for place, value in enumerate(values):
-            check = _like(value, device if place == timestep else None)
-            found: list[Tensor] = []
+            check, before = _like(value, device if place == timestep else None), len(found)
             if check is None or not check(value, found):
                 return None
             checks.append(check)
-            ranges.append(range(count, count + len(found)))
-            count += len(found)
+            ranges.append(range(before, len(found)))
         names = sorted(range(len(kwargs)), key=list(kwargs).__getitem__)
         places = [*range(len(args)), *(len(args) + place for place in names)]
         order = tuple(position for place in places for position in ranges[place])
-        ordered = None if order == tuple(range(count)) else order
-        return _Like(len(args), tuple(kwargs), tuple(checks), ordered, key, timestep, moved)
+        strided = tuple(place for place, position in enumerate(order) if _dense(found[position]) is not found[position])
+        ordered = None if order == tuple(range(len(found))) else order
+        return _Like(len(args), tuple(kwargs), tuple(checks), ordered, key, timestep, moved, strided)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound | None:
         if len(args) != self.positional or tuple(kwargs) != self.keywords:
             return None
         tensors: list[Tensor] = []
-        timestep = None
+        timestep = there = None
         for place, (value, check) in enumerate(zip((*args, *kwargs.values()), self.checks, strict=True)):
             if place == self.timestep:
                 position = len(tensors)
@@ -200,24 +207,30 @@ class _Like:
                 return None
             if place == self.timestep:
                 timestep = value if isinstance(value, Tensor) else tensors[position]
-                if self.moved is not None:
-                    tensors[position] = tensors[position].to(self.moved, non_blocking=True)
+                there = timestep if self.moved is None else timestep.to(self.moved, non_blocking=True)
         if self.order is not None:
             tensors = [tensors[position] for position in self.order]
-        return Bound(tuple(tensors), self.key, timestep)
+        given = tuple(tensors)
+        if there is timestep and not self.strided:
+            return Bound(given, self.key, timestep, given)
+        if there is not None:
+            tensors = [there if tensor is timestep else tensor for tensor in tensors]
+        for place in self.strided:
+            tensors[place] = tensors[place].contiguous()
+        return Bound(tuple(tensors), self.key, timestep, given)
 
 
 def _like(value: Any, device: torch.device | None = None) -> _Check | None:
     """A check of what is like ``value``; None where there is no quick one. device: where the value is the timestep, its."""
     if type(value) is Tensor:
-        shape, stride, dtype, place, dense = value.shape, value.stride(), value.dtype, value.device, _dense(value) is value
+        shape, stride, dtype, place = value.shape, value.stride(), value.dtype, value.device
 
         def tensor(given: Any, found: list[Tensor]) -> bool:
             if type(given) is not Tensor or given.shape != shape or given.dtype is not dtype:
                 return False
             if given.device != place or given.stride() != stride:
                 return False
-            found.append(given if dense else given.contiguous())
+            found.append(given)
             return True
 
         return tensor

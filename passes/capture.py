@@ -15,21 +15,19 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field, replace
-from operator import attrgetter, is_
-from types import ModuleType
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from passes.macs import count_macs
 from passes.sizes import Sizes, guards_of, is_size, read_at_the_inputs, solve, symbols_of
+from passes.state import Snapshot, kept_state, restore, snapshot
 
 _LIBRARY = torch.library.Library("maskcompile", "DEF")
 _LIBRARY.define("mark(Tensor x, str block, int call, int index) -> Tensor")
@@ -284,9 +282,7 @@ def check_call(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs:
         _check(captured, own_args, own_kwargs, expected, type(model).__name__)
 
 
-def check_again(
-    captured: Capture, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Mapping[nn.Module, Attributes]
-) -> None:
+def check_again(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Snapshot) -> None:
     """Raises CaptureError for a model that goes by what it keeps of an earlier call, as the graph would for ever.
 
     It is run with the attributes that it had ``before``, on other values: those of the arguments in reverse order, which are
@@ -296,8 +292,8 @@ def check_again(
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             leaves[place] = leaf.flip(tuple(range(leaf.dim())))
-    now = attributes_of(model)
-    restore_attributes(before)
+    now = snapshot(model)
+    restore(before)
     try:
         check_call(captured, model, *pytree.tree_unflatten(leaves, spec))
     except CaptureError:
@@ -305,7 +301,14 @@ def check_again(
     except Exception:  # of the model, which may not take these values; nothing is known then
         return
     finally:
-        restore_attributes(now)
+        restore(now)
+
+
+def run_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Run a model on clones of its arguments; what it writes to buffers is undone, and what it keeps in attributes stays."""
+    with torch.inference_mode(False), torch.no_grad(), kept_state(model):
+        own_args, own_kwargs = _cloned(args, kwargs, {})
+        model(*own_args, **own_kwargs)
 
 
 def constants(captured: Capture) -> set[int]:
@@ -432,74 +435,6 @@ def _marking(model: nn.Module, marked: set[str]) -> Iterator[_Trail]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def kept_state(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what a forward wrote to buffers, and what tracing assigned to modules under fake tensors.
-
-    Attributes are put back only where fake tensors were about: tables that a real forward fills are as good as before.
-    """
-    tracked = (buffer for buffer in model.buffers() if not buffer.is_inference())
-    written = {buffer: (buffer._version, buffer.detach().clone()) for buffer in tracked}
-    attributes = attributes_of(model)
-    try:
-        yield
-    finally:
-        if any(_holds_fake(value) for module in model.modules() for value in vars(module).values()):
-            restore_attributes(attributes)
-        for buffer, (version, value) in written.items():
-            if buffer._version != version or not _same_bits(buffer, value):
-                buffer.copy_(value)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Writes through ``.data`` are in no version. True where bits cannot be read."""
-    if a.is_meta or a.is_quantized or a.layout is not torch.strided or isinstance(a, FakeTensor):
-        return True
-    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (a, b)))
-
-
-def _holds_fake(value: Any) -> bool:
-    if isinstance(value, (dict, list, tuple)):
-        return any(map(_holds_fake, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, FakeTensor)
-
-
-#: (value, shallow copy of its content) of each attribute of a module.
-Attributes = dict[str, tuple[Any, Any]]
-
-
-def attributes_of(model: nn.Module) -> dict[nn.Module, Attributes]:
-    """The attributes of all modules as they are, for ``restore_attributes``."""
-    return {module: {key: (value, copy(_content(value))) for key, value in vars(module).items()} for module in model.modules()}
-
-
-def restore_attributes(attributes: Mapping[nn.Module, Attributes]) -> None:
-    """Put attributes back, and the content of dicts, lists and plain objects among them."""
-    for module, before in attributes.items():
-        now = vars(module)
-        for key in [key for key in now if key not in before]:
-            del now[key]
-        for key, (value, content) in before.items():
-            if now.get(key) is not value:
-                now[key] = value
-            inner = _content(value)
-            if isinstance(inner, dict):
-                if inner.keys() != content.keys() or any(inner[k] is not content[k] for k in inner):
-                    inner.clear()
-                    inner.update(content)
-            elif isinstance(inner, list) and not (len(inner) == len(content) and all(map(is_, inner, content))):
-                inner[:] = content
-
-
-def _content(value: Any) -> dict[Any, Any] | list[Any] | None:
-    """What can be put back: a dict or list itself, the attributes of a plain object."""
-    if isinstance(value, (dict, list)):
-        return value
-    plain = not isinstance(value, (nn.Module, Tensor, type, ModuleType)) and not callable(getattr(value, "__get__", None))
-    inner = getattr(value, "__dict__", None) if plain else None
-    return inner if isinstance(inner, dict) else None
 
 
 def _describe(model: nn.Module, error: Exception, open_calls: Sequence[tuple[str, int]]) -> str:

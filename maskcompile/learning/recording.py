@@ -236,7 +236,7 @@ def _copy(call: Call, known: Sequence[Tensor]) -> Call:
     position = {id(t): i for i, t in enumerate(call.tensors)}
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: kept[position[id(t)]], (call.args, call.kwargs))
     timestep = None if call.timestep is None else call.timestep.detach().clone()
-    return Call(args, kwargs, tuple(kept), call.key, timestep)
+    return Call(args, kwargs, tuple(kept), call.key, timestep, tuple(kept))
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:

@@ -19,12 +19,12 @@ def rehearse(runs: Runs, model: nn.Module, call: Call, step: int) -> tuple[Runs,
     do not tell.
     """
     runs = advance(runs, Where(step, float(step), float("nan"), None))
-    trajectory = current(runs, call.key, call.tensors)
+    trajectory = current(runs, call.key, call.given)
     if trajectory is None:
         sample = first_parameter(model, call.args, call.kwargs)
-        places = [place for place, t in enumerate(call.tensors) if place != sample and t is not call.timestep]
+        places = [place for place, t in enumerate(call.given) if place != sample and t is not call.timestep]
         onwards = range(step, sys.maxsize)  # how many steps there are, the end of the pass tells
-        trajectory = Trajectory(call.key, None, onwards, Conditioning.of(call.tensors, places))
+        trajectory = Trajectory(call.key, None, onwards, Conditioning.first(call.given, places, runs.seen))
     begun = trajectory.course[0]
     assert begun is not None  # the mask has every step
-    return commit(runs, trajectory.moved(call.tensors, ())), begun
+    return commit(runs, trajectory.moved(call.given, ())), begun
