@@ -73,7 +73,7 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
     before = fingerprint(model)
     with MAKING:
         kept = _kept.setdefault(model, {})
-        for other in [other for other, found in kept.items() if not _holds_still(found, before, kept.values())]:
+        for other in [other for other, found in kept.items() if not _holds_still(model, found, before)]:
             del kept[other]
         made = kept.pop(key, None)
         if made is None:
@@ -99,18 +99,17 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
     return made
 
 
-def _holds_still(made: Captured, now: Fingerprint, others: Iterable[Captured]) -> bool:
-    """Whether a capture is still what the denoiser does.
-
-    What a forward at another capture left (the last resolution, another entry of a table) changes nothing about this one.
-    """
-    others = list(others)
-
-    def left(place: Place) -> bool:
-        return any(place in other.touched and alike(place, other.after, now) for other in others)
-
+def _holds_still(model: nn.Module, made: Captured, now: Fingerprint) -> bool:
+    """Whether a capture is still what the denoiser does."""
     changed = changes(made.after, now) - made.volatile
-    return changed.isdisjoint(made.held) and all(map(left, changed))
+    return changed.isdisjoint(made.held) and all(left_by_a_capture(model, place, now) for place in changed)
+
+
+def left_by_a_capture(model: nn.Module, place: Place, now: Fingerprint) -> bool:
+    """Whether what is at a place now was left there by the forwards of some capture of the denoiser: the last resolution,
+    another entry of a table."""
+    around = {place[:end] for end in range(2, len(place) + 1)}
+    return any(around & made.touched and alike(place, made.after, now) for made in list(_kept.get(model, {}).values()))
 
 
 def _changed_again(model: nn.Module, call: Call, after: Fingerprint) -> frozenset[Place]:

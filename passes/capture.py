@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from passes.macs import count_macs
 from passes.sizes import Sizes, guards_of, is_size, read_at_the_inputs, solve, symbols_of
-from passes.state import Snapshot, kept_state, restore, snapshot
+from passes.state import Snapshot, kept_buffers, kept_state, restore, snapshot
 
 _LIBRARY = torch.library.Library("maskcompile", "DEF")
 _LIBRARY.define("mark(Tensor x, str block, int call, int index) -> Tensor")
@@ -221,7 +221,7 @@ def captured_at(
 
     with torch.inference_mode(False), torch.no_grad():
         own_args, own_kwargs = _cloned(args, kwargs, at)
-        with kept_state(model), _noting_code() as code:
+        with kept_buffers(model), _noting_code() as code:
             expected = model(*own_args, **own_kwargs)
         own_args, own_kwargs = _cloned(args, kwargs, at)
         with kept_state(model):
@@ -276,7 +276,7 @@ def check_call(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs:
     """Raises CaptureError where the captured graph returns something else than the model for these arguments."""
     with torch.inference_mode(False), torch.no_grad():
         own_args, own_kwargs = _cloned(args, kwargs, {})
-        with kept_state(model):
+        with kept_buffers(model):
             expected = model(*own_args, **own_kwargs)
         own_args, own_kwargs = _cloned(args, kwargs, {})
         _check(captured, own_args, own_kwargs, expected, type(model).__name__)
@@ -306,7 +306,7 @@ def check_again(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs
 
 def run_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Run a model on clones of its arguments; what it writes to buffers is undone, and what it keeps in attributes stays."""
-    with torch.inference_mode(False), torch.no_grad(), kept_state(model):
+    with torch.inference_mode(False), torch.no_grad(), kept_buffers(model):
         own_args, own_kwargs = _cloned(args, kwargs, {})
         model(*own_args, **own_kwargs)
 

@@ -114,19 +114,24 @@ def restore(before: Snapshot) -> None:
 
 @contextmanager
 def kept_state(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what a forward wrote to buffers, and what tracing assigned to modules under fake tensors.
+    """Undo on leaving what tracing did to buffers and attributes: those hold fake tensors, counts of calls that were none, and
+    copies of containers, which torch.export puts in their place."""
+    attributes = snapshot(model)
+    try:
+        with kept_buffers(model):
+            yield
+    finally:
+        restore(attributes)
 
-    Attributes are put back only where fake tensors were about: tables that a real forward fills are as good as before.
-    """
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo on leaving what a forward wrote to buffers. Tables that a real one fills are as good as before."""
     tracked = (buffer for buffer in model.buffers() if not buffer.is_inference())
     written = {buffer: (buffer._version, buffer.detach().clone()) for buffer in tracked}
-    attributes = snapshot(model)
     try:
         yield
     finally:
-        values = (value for module in model.modules() for value in vars(module).values())
-        if any(isinstance(tensor, FakeTensor) for value in values for tensor in inner_tensors(value)):
-            restore(attributes)
         for buffer, (version, value) in written.items():
             if buffer._version != version or not _same_bits(buffer, value):
                 buffer.copy_(value)

@@ -7,9 +7,11 @@ import gc
 import threading
 import warnings
 import weakref
+from collections import deque
 from types import MethodType
 
 import accelerate
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -165,32 +167,61 @@ class Keeping(Chain):
         return super().forward(sample + self.kept, timestep)
 
 
-class EverySecond(Chain):
-    """A step cache of its own."""
+class Plain:
+    def __init__(self, value) -> None:
+        self.value = value
 
-    def __init__(self) -> None:
+
+class Slotted:
+    __slots__ = ("owner", "value")
+
+    def __init__(self, value) -> None:
+        self.value = value
+
+
+def box(kind, value):
+    """What a value is kept in, what reads it, what writes it."""
+    made = {"dict": lambda: {"value": value}, "list": lambda: [value], "deque": lambda: deque([value])}.get(kind)
+    if made is None:
+        held = {"object": Plain, "slots": Slotted}[kind](value)
+        return held, lambda: held.value, lambda other: setattr(held, "value", other)
+    held, key = made(), "value" if kind == "dict" else 0
+    return held, lambda: held[key], lambda other: held.__setitem__(key, other)
+
+
+BOXES = ["dict", "list", "deque", "object", "slots"]
+WITHIN = {"itself": lambda held: held, "in a dict": lambda held: {1: held}, "in an object": Plain, "in slots": Slotted}
+
+
+class EveryThird(Chain):
+    """A step cache of its own, and the number of its calls."""
+
+    def __init__(self, kind, within) -> None:
         super().__init__()
-        self.count, self.kept = 0, None
+        held, self.read, self.write = box(kind, (0, None))
+        self.state = WITHIN[within](held)
 
     def forward(self, sample, timestep):
-        self.count += 1
-        if self.count % 2:
-            self.kept = super().forward(sample, timestep)
-        return sample + self.kept
+        count, kept = self.read()
+        kept = kept if count % 3 else super().forward(sample, timestep)
+        self.write((count + 1, kept))
+        return sample + kept
 
 
 class Tabulating(Chain):
     """Fills a table that depends on no values at its first call."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind, within) -> None:
         super().__init__()
-        self.table, self.frequency, self.calls = None, 1.0, 0
+        self.frequency, self.calls = 1.0, 0
+        held, self.read, self.write = box(kind, None)
+        self.state = WITHIN[within](held)
 
     def forward(self, sample, timestep):
         self.calls += 1
-        if self.table is None:
-            self.table = torch.arange(4.0) * self.frequency
-        return super().forward(sample + self.table, timestep)
+        if self.read() is None:
+            self.write(torch.arange(4.0) * self.frequency)
+        return super().forward(sample + self.read(), timestep)
 
 
 def test_a_denoiser_that_keeps_its_prompt_is_not_captured(counted):
@@ -206,23 +237,198 @@ def test_a_denoiser_that_keeps_its_prompt_is_not_captured(counted):
     assert fast.report().uncaptured
 
 
-def test_a_denoiser_with_a_step_cache_of_its_own_is_not_captured():
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("kind", BOXES)
+def test_a_denoiser_with_a_step_cache_of_its_own_is_not_captured(kind, within):
+    model = EveryThird(kind, within).eval()
     with pytest.raises(mc.CaptureError, match="depends on state"):
-        mc.trace(EverySecond().eval(), *inputs())
+        mc.trace(model, *inputs())
+    model.write((0, None))
+    fast = mc.optimize(model, full(model), backend="eager")
+    x, t = inputs()
+    with pytest.warns(UserWarning, match="skipped module by module"):
+        fast(x, t)
+    for _ in range(2):
+        x = torch.randn(2, 4)
+        model.write((0, None))
+        ours = fast(x, t)
+        model.write((0, None))
+        assert torch.equal(ours, model(x, t))
 
 
-def test_a_table_is_taken_as_it_is_until_it_is_made_anew(counted):
-    model = Tabulating().eval()
+class Scaled(Chain):
+    """A setting beside what its forward keeps."""
+
+    def __init__(self, kind, within) -> None:
+        super().__init__()
+        held, self.read, self.write = box(kind, 1.0)
+        self.state, self.notes = WITHIN[within](held), {"calls": 0, "first": None}
+
+    def forward(self, sample, timestep):
+        self.notes["calls"] += 1
+        if self.notes["first"] is None:
+            self.notes["first"] = 2.0
+        scale = self.read()
+        return super().forward(sample, timestep) * (0.5 if scale != scale else scale) * self.notes["first"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is set anew time and again")
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("kind", BOXES)
+def test_settings_are_looked_at_wherever_they_are(kind, within, counted):
+    model = Scaled(kind, within).eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    changes = [lambda: None, lambda: model.write(3.0), lambda: model.notes.update(first=5.0)]
+    changes += [lambda: model.write(float("nan")), lambda: None, lambda: model.write(4.0)]
+    for change in changes:
+        change()
+        x, t = inputs()
+        assert torch.equal(fast(x, t), model(x, t))  # which counts, too
+    assert fast.report().recaptures == 4
+    assert len(counted) == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*is set anew time and again")
+def test_one_of_two_that_hold_the_same_gets_another():
+    """A forward that fills a table changes nothing about what is looked at after it."""
+    model = Chain().eval()
+    model.table, one, other = {}, Plain(1.0), Plain(3.0)
+    model.first, model.second, model.third = one, one, other
+
+    def forward(self, sample, timestep):
+        self.table.setdefault(tuple(sample.shape), (torch.ones(4), torch.ones(4)))
+        return Chain.forward(self, sample, timestep) * self.second.value + self.third.value
+
+    model.forward = MethodType(forward, model)
+    fast = mc.optimize(model, full(model), backend="eager")
+    for change in ({}, {"second": other}, {"second": one}, {"third": one}):
+        for name, value in change.items():
+            setattr(model, name, value)
+        x, t = inputs()
+        assert torch.equal(fast(x, t), model(x, t))
+    assert fast.report().recaptures == 3
+
+
+class Resolved(Chain):
+    """Notes the shape that it was last called with, and all that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.seen = None, {}
+
+    def forward(self, sample, timestep):
+        self.last = tuple(sample.shape)
+        self.seen.setdefault(self.last, len(self.seen))
+        return super().forward(sample, timestep)
+
+
+def test_what_another_capture_left_changes_nothing(counted):
+    model = Resolved().eval()
+    fast = mc.optimize(model, full(model), backend="eager", dynamic=False)
+    for batch in (2, 3, 2, 5, 3, 2):
+        mc.trace(model, *inputs(batch))
+        x, t = inputs(batch)
+        assert torch.equal(fast(x, t), model(x, t))
+    assert fast.report().recaptures == 0
+    assert len(counted) == 3
+
+
+class Fusing(Chain):
+    """Makes one of its weights anew, and lets go of a module, at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.init = nn.Parameter(torch.ones(4), requires_grad=False), nn.Linear(4, 4)
+
+    def forward(self, sample, timestep):
+        if hasattr(self, "init"):
+            self.weight = nn.Parameter(self.weight * 2, requires_grad=False)
+            del self.init
+        return super().forward(sample * self.weight, timestep)
+
+
+@pytest.mark.filterwarnings("ignore:.*is set anew time and again")
+def test_weights_that_the_first_call_makes_may_be_replaced():
+    model = Fusing().eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    for weight in (None, 5.0, 7.0):
+        if weight is not None:
+            model.weight = nn.Parameter(torch.full((4,), weight), requires_grad=False)
+        x, t = inputs()
+        assert torch.equal(fast(x, t), model(x, t))
+    assert fast.report().recaptures == 2
+
+
+class Asking:
+    """Whatever is asked of it, it looks up, and raises what it likes."""
+
+    def __init__(self, **found) -> None:
+        self.__dict__["found"] = found
+
+    def __getattr__(self, name):
+        return self.__dict__["found"][name]
+
+
+def test_settings_that_look_up_whatever_they_are_asked():
+    model = Processed().eval()
+    model.processor = Asking(scale=2.0)
+    fast = mc.optimize(model, full(model), backend="eager")
+    for scale in (2.0, 3.0):
+        model.processor.found["scale"] = scale
+        x, t = inputs()
+        assert torch.equal(fast(x, t), model(x, t))
+    assert fast.report().recaptures == 1
+
+
+def test_a_scheduler_that_a_processor_refers_to_is_not_the_denoisers(counted):
+    model = Processed().eval()
+    model.processor.scheduler = diffusers.DDIMScheduler()
+    fast = mc.optimize(model, full(model), backend="eager")
+    for steps in (5, 10, 20):
+        model.processor.scheduler.set_timesteps(steps)
+        fast(*inputs())
+    assert len(counted) == 1
+
+
+def test_a_setting_that_is_another_time_and_again_is_named_once():
+    model = Processed().eval()
+    fast = mc.optimize(model, full(model), backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for scale in range(5):
+            model.processor.scale = float(scale)
+            fast(*inputs())
+    (said,) = [warning for warning in caught if "is set anew time and again" in str(warning.message)]
+    assert str(said.message).startswith("Processed was captured 3 times, because processor.scale is set anew")
+    assert said.filename == __file__
+
+
+def test_slots_that_hold_their_denoiser_do_not_keep_it_alive():
+    model = Chain().eval()
+    model.a.holder = Slotted(1.0)
+    model.a.holder.owner = model
+    mc.optimize(model, full(model), backend="eager")(*inputs())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*is set anew time and again")
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("kind", BOXES)
+def test_a_table_is_taken_as_it_is_until_it_is_made_anew(kind, within, counted):
+    model = Tabulating(kind, within).eval()
     fast = mc.optimize(model, full(model), backend="eager")
     for _ in range(2):
         x, t = inputs()
         assert torch.equal(fast(x, t), model(x, t))  # which counts
     assert fast.report().recaptures == 0
-    model.table = None
+    model.write(None)
     x, t = inputs()
     fast(x, t)
     assert fast.report().recaptures == 1
-    model.table = torch.zeros(4)
+    model.write(torch.zeros(4))
     assert torch.equal(fast(x, t), model(x, t))
     assert len(counted) == 3
 
