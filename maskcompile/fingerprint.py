@@ -23,6 +23,7 @@ Place = tuple[Hashable, ...]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # torch.compile leaves a note on the modules that it compiles, which changes nothing about them.
 _IGNORED = (frozenset(vars(nn.Module())) | {"_is_torch_compile"}) - {"training"}
+_PLAIN = frozenset({bool, int, str, type(None)})
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
 #: Classes of what is not the denoiser's own, by name, where processors may refer to it: it changes from picture to picture.
@@ -80,12 +81,16 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     seen: _Seen = {}
     for path, module in model.named_modules():
         found[path, ""] = _Same(module)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            found[path, name] = None if tensor is None else _token(tensor, seen, (path, name))
+        own = vars(module)
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for name, tensor in tensors.items():
+                found[path, name] = None if tensor is None else _tensor(tensor)
         for key in HOOKS:
-            found[path, key] = _token(vars(module)[key], seen, (path, key))
+            if own[key]:
+                found[path, key] = _token(own[key], seen, (path, key))
         for key, value in settings(module):
-            found[path, key] = _token(value, seen, (path, key))
+            plain = type(value) in _PLAIN  # most are; this is done at the start of every run
+            found[path, key] = value if plain else _token(value, seen, (path, key))
     return found
 
 
@@ -149,12 +154,18 @@ def value_at(model: nn.Module, place: Place) -> Any:
 _Seen = dict[int, tuple[Place, Any]]
 
 
+def _tensor(value: Tensor) -> Any:
+    return _Same(value), value.dtype, value.device, value.shape, value.stride() if value.layout is torch.strided else None
+
+
 def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
     """Equal as long as nothing in a value was replaced. What is in a second place, or in itself, is looked into once."""
     if isinstance(value, _SCALARS):
         return value if value == value else _Again(("nan",))  # which is not equal to itself
+    if type(value) is tuple and all(type(part) in _PLAIN for part in value):
+        return value
     if isinstance(value, Tensor):
-        return (_Same(value), value.dtype, value.device, value.shape, value.stride() if value.layout == torch.strided else None)
+        return _tensor(value)
     if isinstance(value, (np.ndarray, np.generic)) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
         return value.dtype.str, value.shape, value.tobytes()
     if not depth or isinstance(value, (nn.Module, type)) or any(kind.__name__ in _OTHERS for kind in type(value).__mro__):
