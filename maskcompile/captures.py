@@ -20,12 +20,11 @@ from torch import nn
 
 from maskcompile._version import __version__
 from maskcompile.digest import digest, sources
-from maskcompile.fingerprint import Fingerprint, Place, alike, changes, fingerprint, value_at
+from maskcompile.fingerprint import Fingerprint, Place, changes, fingerprint, value_at
 from maskcompile.signature import Call
-from passes.capture import Capture, CaptureError, capture, check_again, composite_modules, constants, run_again
-from passes.serialise import restore as restore_capture
-from passes.serialise import serialise
-from passes.state import inner_tensors, restore, snapshot
+from passes.capture import Capture, CaptureError, capture, check_again, composite_modules, constants
+from passes.serialise import restore, serialise
+from passes.state import inner_tensors, snapshot
 
 #: Held while anything is captured or compiled: torch does either in one thread at a time.
 MAKING = threading.RLock()
@@ -36,9 +35,8 @@ MOST_KEPT = 8
 
 @dataclass(frozen=True)
 class Captured:
-    """after: the denoiser's fingerprint when it had been captured. touched: where capturing changed it, by the first forwards.
-    volatile: where every forward does. held: where the graph holds what is there: where that is set anew, the capture is of
-    the past.
+    """after: the denoiser's fingerprint when it had been captured. volatile: where a forward changes it by itself, except where
+    the graph holds what is there: where that is set anew, the capture is of the past.
 
     name: in files, the same in another process. sources: the code that it is of, see ``maskcompile.digest``. unnamed: why it
     has no name; empty, too, for a capture for any batch, which has none.
@@ -46,9 +44,7 @@ class Captured:
 
     capture: Capture
     after: Fingerprint
-    touched: frozenset[Place]
     volatile: frozenset[Place]
-    held: frozenset[Place]
     name: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
     unnamed: str = ""
@@ -73,7 +69,7 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
     before = fingerprint(model)
     with MAKING:
         kept = _kept.setdefault(model, {})
-        for other in [other for other, found in kept.items() if not _holds_still(model, found, before)]:
+        for other in [other for other, found in kept.items() if unexplained(found.after, before, found.volatile)]:
             del kept[other]
         made = kept.pop(key, None)
         if made is None:
@@ -81,7 +77,7 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
             attributes = snapshot(model)
             found, code = _loaded(name, model, call) or (capture(model, call.args, call.kwargs, marks, batch), {})
             after = fingerprint(model)
-            touched = frozenset(changes(before, after))
+            touched = changes(before, after)
             if not code and touched:
                 check_again(found, model, call.args, call.kwargs, attributes)
             if name and not code:
@@ -90,36 +86,18 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
                 except Exception as error:
                     name, unnamed = "", str(error)
             memory = constants(found)
-            held = frozenset(place for place in touched if _holds(value_at(model, place), memory))
-            volatile = _changed_again(model, call, after) - held if touched else frozenset()
-            made = Captured(found, after, touched, volatile, held, name, code, unnamed)
+            volatile = frozenset(place for place in touched if not _holds(value_at(model, place), memory))
+            made = Captured(found, after, volatile, name, code, unnamed)
         kept[key] = made  # the last to go
         while len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
     return made
 
 
-def _holds_still(model: nn.Module, made: Captured, now: Fingerprint) -> bool:
-    """Whether a capture is still what the denoiser does."""
-    changed = changes(made.after, now) - made.volatile
-    return changed.isdisjoint(made.held) and all(left_by_a_capture(model, place, now) for place in changed)
-
-
-def left_by_a_capture(model: nn.Module, place: Place, now: Fingerprint) -> bool:
-    """Whether what is at a place now was left there by the forwards of some capture of the denoiser: the last resolution,
-    another entry of a table."""
-    around = {place[:end] for end in range(2, len(place) + 1)}
-    return any(around & made.touched and alike(place, made.after, now) for made in list(_kept.get(model, {}).values()))
-
-
-def _changed_again(model: nn.Module, call: Call, after: Fingerprint) -> frozenset[Place]:
-    """Where another forward changes a denoiser that has been run; it is put back."""
-    attributes = snapshot(model)
-    try:
-        run_again(model, call.args, call.kwargs)
-        return frozenset(changes(after, fingerprint(model)))
-    finally:
-        restore(attributes)
+def unexplained(before: Fingerprint, now: Fingerprint, volatile: Collection[Place]) -> set[Place]:
+    """Where a denoiser is not what it was, but for where its own forwards change it, and what is in there."""
+    found = changes(before, now)
+    return {place for place in found if not any(place[:end] in volatile for end in range(2, len(place) + 1))}
 
 
 def _holds(value: Any, memory: Collection[int]) -> bool:
@@ -190,7 +168,7 @@ def _restored(name: str, model: nn.Module, call: Call) -> tuple[Capture, dict[st
         code: dict[str, str] = document["sources"]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CaptureError(f"it is damaged ({error}).") from error
-    restored = restore_capture(document, constants, model, call.args, call.kwargs)
+    restored = restore(document, constants, model, call.args, call.kwargs)
     try:
         ran = sources(restored)
     except Exception as error:

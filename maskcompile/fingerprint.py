@@ -24,7 +24,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # torch.compile leaves a note on the modules that it compiles, which changes nothing about them.
 _IGNORED = (frozenset(vars(nn.Module())) | {"_is_torch_compile"}) - {"training"}
 _PLAIN = frozenset({bool, int, str, type(None)})
-_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 #: Classes of what is not the denoiser's own, by name, where processors may refer to it: it changes from picture to picture.
 _OTHERS = frozenset({"SchedulerMixin", "DiffusionPipeline", "PreTrainedTokenizerBase"})
@@ -66,9 +66,10 @@ class _Again(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """What a container (by its type) or an object (by itself) holds."""
+    """What a container (by its type) or an object (by itself) holds, and in which order."""
 
     of: type | _Same
+    order: tuple[Hashable, ...]
     parts: Mapping[Hashable, Any]
 
 
@@ -115,26 +116,15 @@ def changes(before: Fingerprint, after: Fingerprint) -> set[Place]:
 
 
 def _differ(place: Place, before: Any, after: Any, found: set[Place]) -> None:
+    """A container to which something was added differs itself: what fills it will add more."""
     if before == after:
         return
-    if isinstance(before, _Parts) and isinstance(after, _Parts) and before.of == after.of:
-        for label in before.parts.keys() | after.parts.keys():
-            _differ((*place, label), before.parts.get(label, _MISSING), after.parts.get(label, _MISSING), found)
-    else:
+    alike = isinstance(before, _Parts) and isinstance(after, _Parts) and before.of == after.of
+    if not alike or before.order != after.order:
         found.add(place)
-
-
-def alike(place: Place, one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two fingerprints have the same there."""
-
-    def of(whole: Fingerprint) -> Any:
-        path, attribute, *trail = place
-        token = whole.get((str(path), str(attribute)), _MISSING)
-        for label in trail:
-            token = token.parts.get(label, _MISSING) if isinstance(token, _Parts) else _MISSING
-        return token
-
-    return bool(of(one) == of(other))
+    if alike:
+        for label in before.parts.keys() & after.parts.keys():
+            _differ((*place, label), before.parts[label], after.parts[label], found)
 
 
 def value_at(model: nn.Module, place: Place) -> Any:
@@ -162,8 +152,8 @@ def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
     """Equal as long as nothing in a value was replaced. What is in a second place, or in itself, is looked into once."""
     if isinstance(value, _SCALARS):
         return value if value == value else _Again(("nan",))  # which is not equal to itself
-    if type(value) is tuple and all(type(part) in _PLAIN for part in value):
-        return value
+    if type(value) in (tuple, list) and all(type(part) in _PLAIN for part in value):
+        return type(value), *value
     if isinstance(value, Tensor):
         return _tensor(value)
     if isinstance(value, (np.ndarray, np.generic)) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
@@ -172,9 +162,16 @@ def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
         return _Same(value)
     if id(value) in seen:
         return _Again(seen[id(value)][0])
-    if (found := parts(value)) is None:
-        return _Same(value)
-    seen[id(value)] = place, value
     container = isinstance(value, (dict, list, tuple, set, frozenset, deque))
+    if (found := parts(value)) is None:
+        return _shallow(value) if container else _Same(value)
+    seen[id(value)] = place, value
     tokens = {label: _token(part, seen, (*place, label), depth - 1) for label, part in found.items()}
-    return _Parts(type(value) if container else _Same(value), tokens)
+    order = tuple(tokens) if container else tuple(sorted(map(str, tokens)))
+    return _Parts(type(value) if container else _Same(value), order, tokens)
+
+
+def _shallow(value: Any) -> Any:
+    """Of a large container, which is not looked into further."""
+    parts = [*value, *dict.values(value)] if isinstance(value, dict) else value
+    return type(value), *(part if type(part) in _PLAIN or type(part) is float else _Same(part) for part in parts)

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from maskcompile.artefacts import save_artefacts
-from maskcompile.captures import MAKING, capture_once, left_by_a_capture, saved_captures
+from maskcompile.captures import MAKING, capture_once, saved_captures, unexplained
 from maskcompile.compile import Backend, saved_regions
 from maskcompile.conditioning import Conditioning
 from maskcompile.dropin import DropIn
@@ -165,7 +165,6 @@ class OptimizedDenoiser(DropIn):
         self._marked: set[str] = set()
         self._fingerprint: Fingerprint = {}
         self._volatile: set[Place] = set()
-        self._held: set[Place] = set()
         self._why: set[Place] = set()
         self.forward = self._make_forward()
         self.set_mask(mask)
@@ -511,7 +510,6 @@ class OptimizedDenoiser(DropIn):
         # What a forward itself changes (a counter, a table) says nothing about whether the capture still holds.
         self._fingerprint = fingerprint(self.original)
         self._volatile |= made.volatile
-        self._held |= made.held
         if unsized := [block for block in self._mask.blocks if block in made.capture.unsized]:
             raise _OtherBlocks(
                 f"{type(self.original).__name__} cannot be captured: the values of tensors decide on the shape or strides of "
@@ -563,9 +561,7 @@ class OptimizedDenoiser(DropIn):
         """Where the denoiser is not what was captured."""
         if not self._captures and all(found.hooked for found in self._uncaptured.values()):
             return set()
-        now = fingerprint(self.original)
-        found = {p for p in changes(self._fingerprint, now) if p not in self._volatile and p[:2] not in self._volatile}
-        return {p for p in found if p in self._held or not left_by_a_capture(self.original, p, now)}
+        return unexplained(self._fingerprint, fingerprint(self.original), self._volatile)
 
     @staticmethod
     def _rows(compute: NDArray[np.bool_], course: Course) -> NDArray[np.bool_]:

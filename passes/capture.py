@@ -304,13 +304,6 @@ def check_again(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs
         restore(now)
 
 
-def run_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Run a model on clones of its arguments; what it writes to buffers is undone, and what it keeps in attributes stays."""
-    with torch.inference_mode(False), torch.no_grad(), kept_buffers(model):
-        own_args, own_kwargs = _cloned(args, kwargs, {})
-        model(*own_args, **own_kwargs)
-
-
 def constants(captured: Capture) -> set[int]:
     """Where in memory the tensors are that the graph holds, the model's parameters and others."""
     graph_module = captured.graph_module

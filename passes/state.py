@@ -6,10 +6,12 @@ A capture must neither change it nor, where a forward goes by it, take it for co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from dataclasses import dataclass
+from types import MemberDescriptorType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,34 @@ MOST_PARTS = 1000
 
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
-#: (a dict, list, deque or set, or the object that slots are of; a shallow copy of what is in it), outer ones first.
-Snapshot = list[tuple[Any, Any]]
+#: What instances of their classes refer to is not the denoiser's own, and other threads may be at it.
+_FOREIGN = frozenset(
+    {"_io", "_queue", "_thread", "_weakrefset", "asyncio", "concurrent", "ctypes", "io", "logging", "multiprocessing", "queue"}
+    | {"socket", "subprocess", "threading", "tqdm", "weakref"}
+)
+
+Container = dict[Any, Any] | list[Any] | deque[Any] | set[Any]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The attributes of an object that lie in slots, read and written past whatever its class makes of them."""
+
+    owner: Any
+    members: tuple[MemberDescriptorType, ...]
+
+    def read(self) -> dict[Any, Any]:
+        found = {}
+        for member in self.members:
+            try:
+                found[member] = member.__get__(self.owner)
+            except AttributeError:  # it is not set
+                continue
+        return found
+
+
+#: (what can be put back, a shallow copy of what is in it, whether it is the attributes of a module).
+Snapshot = list[tuple[Container | Slots, Any, bool]]
 
 
 def parts(value: Any) -> dict[Hashable, Any] | None:
@@ -36,15 +64,28 @@ def parts(value: Any) -> dict[Hashable, Any] | None:
             return None
         items = dict.items(value) if isinstance(value, dict) else enumerate(value)
         return {_label(key, position): part for position, (key, part) in enumerate(items)}
-    if isinstance(value, (*_SCALARS, nn.Module, Tensor, type, ModuleType)) or hasattr(type(value), "__get__"):
+    if isinstance(value, (*_SCALARS, nn.Module, Tensor, type, ModuleType)) or _whole(type(value)):
         return None
     inner, slots = _dict_of(value), _slots_of(value)
     if inner is None and slots is None:
         return None
     found: dict[Hashable, Any] = {}
     found.update(inner or {})
-    found.update(slots or {})
+    found.update({member.__name__: part for member, part in (slots.read() if slots else {}).items()})
     return found if len(found) <= MOST_PARTS else None
+
+
+def _whole(kind: type) -> bool:
+    if kind not in _known:
+        foreign = any(base.__module__.split(".")[0] in _FOREIGN for base in kind.__mro__)
+        members = [member for base in kind.__mro__ if "__slots__" in vars(base) for member in vars(base).values()]
+        slots = tuple(member for member in members if isinstance(member, MemberDescriptorType))
+        _known[kind] = hasattr(kind, "__get__") or foreign, slots
+    return _known[kind][0]
+
+
+#: class -> (whether its instances are taken as a whole, the slots that they have).
+_known: WeakKeyDictionary[type, tuple[bool, tuple[MemberDescriptorType, ...]]] = WeakKeyDictionary()
 
 
 def inner_tensors(value: Any) -> Iterator[Tensor]:
@@ -65,22 +106,22 @@ def snapshot(model: nn.Module) -> Snapshot:
     seen: dict[int, Any] = {}
 
     def look(value: Any, depth: int) -> None:
-        if not depth or id(value) in seen or (inside := parts(value)) is None:
+        if not depth or id(value) in seen:
+            return
+        inside, container = parts(value), isinstance(value, (dict, list, deque, set))
+        if inside is None and not container:
             return
         seen[id(value)] = value
-        if isinstance(value, (dict, list, deque, set)):
-            found.append((value, _copy(value)))
+        if container:
+            found.append((value, _content(value), False))
         elif not isinstance(value, (tuple, frozenset)):
             inner, slots = _dict_of(value), _slots_of(value)
-            if inner is not None:
-                found.append((inner, inner.copy()))
-            if slots is not None:
-                found.append((value, slots))
-        for part in inside.values():
+            found.extend((held, _content(held), False) for held in (inner, slots) if held is not None)
+        for part in (inside or {}).values():
             look(part, depth - 1)
 
     for module in model.modules():
-        found.append((vars(module), dict(vars(module))))
+        found.append((vars(module), dict(vars(module)), True))
         for value in vars(module).values():
             look(value, DEPTH)
     return found
@@ -88,40 +129,40 @@ def snapshot(model: nn.Module) -> Snapshot:
 
 def restore(before: Snapshot) -> None:
     """Put back what was there, where it is not."""
-    for container, content in before:
-        if isinstance(container, dict):
-            for key in [key for key in container if key not in content]:
-                del container[key]
-            for key, value in content.items():
-                if key not in container or container[key] is not value:
-                    container[key] = value
-        elif isinstance(container, (list, deque)):
-            if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
-                container.clear()
-                container.extend(content)
-        elif isinstance(container, set):
-            if container != content:
-                container.clear()
-                container.update(content)
+    for held, content, _ in before:
+        if isinstance(held, (dict, Slots)):
+            now = held if isinstance(held, dict) else held.read()
+            wrong = [key for key in {**now, **content} if now.get(key, _MISSING) is not content.get(key, _MISSING)]
+            _put(held, content, wrong)
+        elif list(map(id, held)) != list(map(id, content)):
+            _fill(held, content)
+
+
+def restore_traced(before: Snapshot) -> None:
+    """Undo what tracing did: fake tensors where there were others or none, and containers of modules that torch.export replaced
+    by copies. Whatever else is new is left, for other threads may have written it."""
+    for held, content, of_module in before:
+        if isinstance(held, (dict, Slots)):
+            now = dict(held) if isinstance(held, dict) else held.read()
+            changed = {key: value for key, value in now.items() if value is not content.get(key, _MISSING)}
+            copies = (dict, list, tuple, set, deque) if of_module else ()
+            wrong = [key for key, value in changed.items() if (isinstance(value, copies) and key in content) or _fake(value)]
+            _put(held, content, wrong)
         else:
-            now = _slots_of(container) or {}
-            for name in now.keys() - content.keys():
-                object.__delattr__(container, name)
-            for name, value in content.items():
-                if name not in now or now[name] is not value:
-                    object.__setattr__(container, name, value)
+            known = set(map(id, content))
+            if any(_fake(value) for value in list(held) if id(value) not in known):
+                _fill(held, content)
 
 
 @contextmanager
 def kept_state(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what tracing did to buffers and attributes: those hold fake tensors, counts of calls that were none, and
-    copies of containers, which torch.export puts in their place."""
+    """Undo on leaving what tracing did to buffers and attributes."""
     attributes = snapshot(model)
     try:
         with kept_buffers(model):
             yield
     finally:
-        restore(attributes)
+        restore_traced(attributes)
 
 
 @contextmanager
@@ -144,10 +185,39 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def _copy(container: dict[Any, Any] | list[Any] | deque[Any] | set[Any]) -> Any:
-    if isinstance(container, dict):
-        return dict.copy(container)
-    return set(container) if isinstance(container, set) else list(container)
+_MISSING = object()
+
+
+def _content(held: Container | Slots) -> Any:
+    """A shallow copy of what is in it."""
+    if isinstance(held, Slots):
+        return held.read()
+    if isinstance(held, dict):
+        return dict.copy(held)
+    return set(held) if isinstance(held, set) else list(held)
+
+
+def _put(held: dict[Any, Any] | Slots, content: dict[Any, Any], keys: Sequence[Any]) -> None:
+    """Give these keys, or slots, what they have in ``content``, or nothing."""
+    for key in keys:
+        if isinstance(held, dict):
+            if key in content:
+                held[key] = content[key]
+            else:
+                del held[key]
+        elif key in content:
+            key.__set__(held.owner, content[key])
+        else:
+            key.__delete__(held.owner)
+
+
+def _fill(held: list[Any] | deque[Any] | set[Any], content: Any) -> None:
+    held.clear()
+    held.update(content) if isinstance(held, set) else held.extend(content)
+
+
+def _fake(value: Any) -> bool:
+    return any(isinstance(tensor, FakeTensor) for tensor in inner_tensors(value))
 
 
 def _label(key: Any, position: int) -> Hashable:
@@ -165,18 +235,7 @@ def _dict_of(value: Any) -> dict[str, Any] | None:
     return inner if isinstance(inner, dict) else None
 
 
-def _slots_of(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object that are in slots, None where its classes have none."""
-    found: dict[str, Any] | None = None
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name in ("__dict__", "__weakref__"):
-                continue
-            mangled = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
-            found = {} if found is None else found
-            try:
-                found[mangled] = object.__getattribute__(value, mangled)
-            except Exception:
-                continue
-    return found
+def _slots_of(value: Any) -> Slots | None:
+    """The slots of an object, None where its classes have none."""
+    _, members = _known[type(value)]
+    return Slots(value, members) if members else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
+import queue
 import threading
 import warnings
 import weakref
@@ -262,14 +264,12 @@ class Scaled(Chain):
     def __init__(self, kind, within) -> None:
         super().__init__()
         held, self.read, self.write = box(kind, 1.0)
-        self.state, self.notes = WITHIN[within](held), {"calls": 0, "first": None}
+        self.state, self.notes = WITHIN[within](held), {"calls": 0, "gain": 2.0}
 
     def forward(self, sample, timestep):
         self.notes["calls"] += 1
-        if self.notes["first"] is None:
-            self.notes["first"] = 2.0
         scale = self.read()
-        return super().forward(sample, timestep) * (0.5 if scale != scale else scale) * self.notes["first"]
+        return super().forward(sample, timestep) * (0.5 if scale != scale else scale) * self.notes["gain"]
 
 
 @pytest.mark.filterwarnings("ignore:.*is set anew time and again")
@@ -278,7 +278,7 @@ class Scaled(Chain):
 def test_settings_are_looked_at_wherever_they_are(kind, within, counted):
     model = Scaled(kind, within).eval()
     fast = mc.optimize(model, full(model), backend="eager")
-    changes = [lambda: None, lambda: model.write(3.0), lambda: model.notes.update(first=5.0)]
+    changes = [lambda: None, lambda: model.write(3.0), lambda: model.notes.update(gain=5.0)]
     changes += [lambda: model.write(float("nan")), lambda: None, lambda: model.write(4.0)]
     for change in changes:
         change()
@@ -286,6 +286,116 @@ def test_settings_are_looked_at_wherever_they_are(kind, within, counted):
         assert torch.equal(fast(x, t), model(x, t))  # which counts, too
     assert fast.report().recaptures == 4
     assert len(counted) == 5
+
+
+class Growing(Chain):
+    """Keeps more and more of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history, self.table, self.shapes, self.inner = [], {}, {}, Plain(deque(maxlen=2))
+
+    def forward(self, sample, timestep):
+        self.history.append(sample.shape)
+        self.table[len(self.table)] = 1
+        self.shapes.setdefault(tuple(sample.shape), object())
+        self.inner.value.append(len(self.history))
+        return super().forward(sample, timestep)
+
+
+def test_what_grows_with_every_call_changes_nothing():
+    model = Growing().eval()
+    fast = mc.optimize(model, full(model), backend="eager", dynamic=False)
+    for batch in (2, 2, 2, 3, 2, 5, 2):
+        x, t = inputs(batch)
+        if batch == 2:
+            assert torch.equal(fast(x, t), model(x, t))
+        model(x, t)
+    assert fast.report().recaptures == 0
+
+
+def test_what_other_threads_do_meanwhile_is_left(counted):
+    """A worker that waits for what a denoiser hands it, loggers, locks."""
+    model = Chain().eval()
+    model.queue, model.wake, model.log = queue.Queue(), threading.Event(), logging.getLogger("maskcompile.test")
+    loggers, done = [], []
+
+    def work():
+        while (one := model.queue.get()) is not None:
+            done.append(one)
+            model.queue.task_done()
+
+    def tracing(handed):
+        model.queue.put(1)
+        loggers.append(logging.getLogger(f"maskcompile.test.{len(loggers)}"))
+        model.wake.wait(0.001)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    model.b.register_forward_pre_hook(lambda module, handed: tracing(handed))
+    fast = mc.optimize(model, full(model), backend="eager")
+    fast(*inputs())
+    written = len(loggers)
+    assert written > 1
+    model.queue.join()
+    assert done == [1] * written
+    model.queue.put(2)
+    model.queue.put(None)
+    worker.join(timeout=60)
+    assert done[-1] == 2
+    assert all(logging.getLogger(logger.name) is logger for logger in loggers)
+    for number in range(3):
+        logging.getLogger(f"maskcompile.another.{number}")
+        fast(*inputs())
+    assert fast.report().recaptures == 0
+
+
+def test_what_modules_share_is_shared_after_a_capture():
+    """torch.export puts copies of dicts and lists in their place."""
+    model = Chain().eval()
+    model.a.shared = model.b.shared = shared = {"x": [1.0]}
+    model.names = names = ["a"]
+    mc.trace(model, *inputs())
+    assert model.a.shared is model.b.shared is shared
+    assert shared["x"] == [1.0]
+    assert model.names is names
+
+
+class Property(Slotted):
+    __slots__ = ()
+
+    @property
+    def value(self):
+        return [2.0]
+
+    @value.setter
+    def value(self, other):
+        raise AttributeError("it cannot be set")
+
+
+@pytest.mark.parametrize("size", [10, 2000])
+def test_tables_of_any_size(size, counted):
+    model = Chain().eval()
+    model.table = dict.fromkeys(range(size), 1.0)
+    model.order = {"a": 1.0, "b": 2.0}
+    model.odd = Property.__new__(Property)
+
+    def forward(self, sample, timestep):
+        self.table["last"] = sample * 2
+        for name, value in self.order.items():
+            sample = sample + value if name == "a" else sample * value
+        return Chain.forward(self, sample * self.table[0] * self.odd.value[0], timestep)
+
+    model.forward = MethodType(forward, model)
+    fast = mc.optimize(model, full(model), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for change in (lambda: None, lambda: setattr(model, "order", {"b": 2.0, "a": 1.0})):
+            change()
+            x, t = inputs()
+            assert torch.equal(fast(x, t), model(x, t))
+            assert type(model.table["last"]) is torch.Tensor
+        assert fast.report().recaptures == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*is set anew time and again")
