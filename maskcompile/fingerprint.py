@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from passes.state import DEPTH, parts
+from passes.state import CONTAINERS, DEPTH, SCALARS, parts
 
 #: (module path, attribute) -> something that compares equal as long as nothing was replaced.
 Fingerprint = Mapping[tuple[str, str], Any]
@@ -24,7 +23,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # torch.compile leaves a note on the modules that it compiles, which changes nothing about them.
 _IGNORED = (frozenset(vars(nn.Module())) | {"_is_torch_compile"}) - {"training"}
 _PLAIN = frozenset({bool, int, str, type(None)})
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 #: Classes of what is not the denoiser's own, by name, where processors may refer to it: it changes from picture to picture.
 _OTHERS = frozenset({"SchedulerMixin", "DiffusionPipeline", "PreTrainedTokenizerBase"})
@@ -150,7 +148,7 @@ def _tensor(value: Tensor) -> Any:
 
 def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
     """Equal as long as nothing in a value was replaced. What is in a second place, or in itself, is looked into once."""
-    if isinstance(value, _SCALARS):
+    if isinstance(value, SCALARS):
         return value if value == value else _Again(("nan",))  # which is not equal to itself
     if type(value) in (tuple, list) and all(type(part) in _PLAIN for part in value):
         return type(value), *value
@@ -162,7 +160,7 @@ def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
         return _Same(value)
     if id(value) in seen:
         return _Again(seen[id(value)][0])
-    container = isinstance(value, (dict, list, tuple, set, frozenset, deque))
+    container = isinstance(value, CONTAINERS)
     if (found := parts(value)) is None:
         return _shallow(value) if container else _Same(value)
     seen[id(value)] = place, value

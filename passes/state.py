@@ -22,7 +22,10 @@ DEPTH = 8
 #: A larger container is taken as a whole: a vocabulary.
 MOST_PARTS = 1000
 
-_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+#: Taken by their values.
+SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+#: Looked into, as plain objects are.
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 
 #: What instances of their classes refer to is not the denoiser's own, and other threads may be at it.
 _FOREIGN = frozenset(
@@ -59,12 +62,12 @@ def parts(value: Any) -> dict[Hashable, Any] | None:
 
     Mappings but dicts are not read: accelerate's load weights from disk.
     """
-    if isinstance(value, (dict, list, tuple, set, frozenset, deque)):
+    if isinstance(value, CONTAINERS):
         if len(value) > MOST_PARTS:
             return None
         items = dict.items(value) if isinstance(value, dict) else enumerate(value)
         return {_label(key, position): part for position, (key, part) in enumerate(items)}
-    if isinstance(value, (*_SCALARS, nn.Module, Tensor, type, ModuleType)) or _whole(type(value)):
+    if isinstance(value, (*SCALARS, nn.Module, Tensor, type, ModuleType)) or _whole(type(value)):
         return None
     inner, slots = _dict_of(value), _slots_of(value)
     if inner is None and slots is None:
@@ -222,7 +225,7 @@ def _fake(value: Any) -> bool:
 
 def _label(key: Any, position: int) -> Hashable:
     """A key that can be kept without keeping more alive; else its position."""
-    plain = isinstance(key, _SCALARS) or (isinstance(key, tuple) and all(isinstance(part, _SCALARS) for part in key))
+    plain = isinstance(key, SCALARS) or (isinstance(key, tuple) and all(isinstance(part, SCALARS) for part in key))
     return key if plain else ("position", position)
 
 
