@@ -20,11 +20,11 @@ from torch import nn
 
 from maskcompile._version import __version__
 from maskcompile.digest import digest, sources
-from maskcompile.fingerprint import Fingerprint, Place, changes, fingerprint, value_at
+from maskcompile.fingerprint import Fingerprint, Mark, Place, changes, fingerprint, value_at
 from maskcompile.signature import Call
-from passes.capture import Capture, CaptureError, capture, check_again, composite_modules, constants
+from passes.capture import Capture, CaptureError, capture, composite_modules, constants
 from passes.serialise import restore, serialise
-from passes.state import inner_tensors, snapshot
+from passes.state import CONTAINERS, inner_tensors
 
 #: Held while anything is captured or compiled: torch does either in one thread at a time.
 MAKING = threading.RLock()
@@ -66,32 +66,45 @@ def capture_once(model: nn.Module, call: Call, marked: Iterable[str] = (), batch
     """
     marks = frozenset(composite_modules(model)).union(marked)
     key = call.key, marks, None if batch is None else tuple(batch.items())
-    before = fingerprint(model)
     with MAKING:
+        before = fingerprint(model)
         kept = _kept.setdefault(model, {})
         for other in [other for other, found in kept.items() if unexplained(found.after, before, found.volatile)]:
             del kept[other]
         made = kept.pop(key, None)
         if made is None:
-            name, unnamed = _name(model, call, marks) if batch is None else ("", "")
-            attributes = snapshot(model)
-            found, code = _loaded(name, model, call) or (capture(model, call.args, call.kwargs, marks, batch), {})
-            after = fingerprint(model)
-            touched = changes(before, after)
-            if not code and touched:
-                check_again(found, model, call.args, call.kwargs, attributes)
-            if name and not code:
-                try:
-                    code = sources(found)
-                except Exception as error:
-                    name, unnamed = "", str(error)
-            memory = constants(found)
-            volatile = frozenset(place for place in touched if not _holds(value_at(model, place), memory))
-            made = Captured(found, after, volatile, name, code, unnamed)
+            made = _captured(model, call, marks, batch, before)
         kept[key] = made  # the last to go
         while len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
     return made
+
+
+def _captured(
+    model: nn.Module, call: Call, marks: frozenset[str], batch: Mapping[int, int] | None, before: Fingerprint
+) -> Captured:
+    """A capture made now. before: of the denoiser as it is."""
+    name, unnamed = _name(model, call, marks) if batch is None else ("", "")
+    found, code = _loaded(name, model, call) or (capture(model, call.args, call.kwargs, marks, batch), {})
+    after = fingerprint(model)
+    if name and not code:
+        try:
+            code = sources(found)
+        except Exception as error:
+            name, unnamed = "", str(error)
+    memory = constants(found)
+    volatile = set()
+    for place in changes(before, after):
+        if not _holds(value_at(model, place), memory):
+            volatile.add(_without_mark(place))
+        if Mark.ADDED in place and issubclass(type(value_at(model, within := place[: place.index(Mark.ADDED)])), CONTAINERS):
+            volatile.add((*within, Mark.ADDED))  # it will add more
+    return Captured(found, after, frozenset(volatile), name, code, unnamed)
+
+
+def _without_mark(place: Place) -> Place:
+    """Where what was added is from now on."""
+    return tuple(label for label in place if label is not Mark.ADDED)
 
 
 def unexplained(before: Fingerprint, now: Fingerprint, volatile: Collection[Place]) -> set[Place]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,14 @@ Fingerprint = Mapping[tuple[str, str], Any]
 #: Where something is: module path, attribute, and from there keys, positions and names of what is in it.
 Place = tuple[Hashable, ...]
 
+
+class Mark(Enum):
+    """Follow the place of a container or object: what was ADDED to it, by its label, or its ORDER."""
+
+    ADDED = "something added"
+    ORDER = "the order"
+
+
 #: Attributes of a module that hold its hooks.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # torch.compile leaves a note on the modules that it compiles, which changes nothing about them.
@@ -28,24 +37,26 @@ _PLAIN = frozenset({bool, int, str, type(None)})
 _OTHERS = frozenset({"SchedulerMixin", "DiffusionPipeline", "PreTrainedTokenizerBase"})
 
 #: Bytes of an array whose values are looked at; larger ones count by identity.
-_MOST_BYTES = 4096
+_MOST_BYTES = 2**20
 
 
 class _Same:
     """Equal for one and the same object while it lives: another one that takes its place in memory is not the same.
 
     A weak reference, for a denoiser may be among its own settings (a method of its own in the place of ``forward``). What takes
-    none goes by its address alone, beside which what is in it is looked at.
+    none is kept where it is taken as a ``whole``; else it goes by its address, beside which what is in it is looked at.
     """
 
-    __slots__ = ("address", "kind", "reference")
+    __slots__ = ("address", "kept", "kind", "reference")
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, whole: bool = False) -> None:
         self.kind, self.address = type(value), id(value)
+        self.kept = None
         try:
             self.reference: weakref.ref[Any] | None = weakref.ref(value)
         except TypeError:
             self.reference = None
+            self.kept = value if whole else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Same) or self.kind is not other.kind or self.address != other.address:
@@ -64,7 +75,7 @@ class _Again(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """What a container (by its type) or an object (by itself) holds, and in which order."""
+    """What a container (by its type) or an object (by itself) holds. order: of what is in a container."""
 
     of: type | _Same
     order: tuple[Hashable, ...]
@@ -78,9 +89,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """Modules, hooks, parameters and buffers (identity and layout, not values), and Python attributes of all modules."""
     found: dict[tuple[str, str], Any] = {}
     seen: _Seen = {}
+    found["", ""] = _Same(model)
     for path, module in model.named_modules():
-        found[path, ""] = _Same(module)
         own = vars(module)
+        children = {name: None if child is None else _Same(child) for name, child in own["_modules"].items()}
+        found[path, "_modules"] = _Parts(dict, tuple(children), children)
         for tensors in (own["_parameters"], own["_buffers"]):
             for name, tensor in tensors.items():
                 found[path, name] = None if tensor is None else _tensor(tensor)
@@ -95,7 +108,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The Python attributes of a module that may change what it does."""
-    for key, value in vars(module).items():
+    for key, value in list(vars(module).items()):
         if key not in _IGNORED and not (key == "_diffusers_hook" and _without_hooks(value)):
             yield key, value
 
@@ -106,7 +119,7 @@ def _without_hooks(value: Any) -> bool:
 
 
 def changes(before: Fingerprint, after: Fingerprint) -> set[Place]:
-    """Where two fingerprints differ."""
+    """Where two fingerprints differ; what was added to something is at its place, ``Mark.ADDED`` and the label."""
     found: set[Place] = set()
     for key in before.keys() | after.keys():
         _differ(key, before.get(key, _MISSING), after.get(key, _MISSING), found)
@@ -114,15 +127,18 @@ def changes(before: Fingerprint, after: Fingerprint) -> set[Place]:
 
 
 def _differ(place: Place, before: Any, after: Any, found: set[Place]) -> None:
-    """A container to which something was added differs itself: what fills it will add more."""
     if before == after:
         return
-    alike = isinstance(before, _Parts) and isinstance(after, _Parts) and before.of == after.of
-    if not alike or before.order != after.order:
+    if not (isinstance(before, _Parts) and isinstance(after, _Parts) and before.of == after.of):
         found.add(place)
-    if alike:
-        for label in before.parts.keys() & after.parts.keys():
-            _differ((*place, label), before.parts[label], after.parts[label], found)
+        return
+    found.update((*place, Mark.ADDED, label) for label in after.parts.keys() - before.parts.keys())
+    found.update((*place, label) for label in before.parts.keys() - after.parts.keys())
+    both = before.parts.keys() & after.parts.keys()
+    if [label for label in before.order if label in both] != [label for label in after.order if label in both]:
+        found.add((*place, Mark.ORDER))
+    for label in both:
+        _differ((*place, label), before.parts[label], after.parts[label], found)
 
 
 def value_at(model: nn.Module, place: Place) -> Any:
@@ -134,8 +150,14 @@ def value_at(model: nn.Module, place: Place) -> Any:
     held = (module._buffers, module._parameters, vars(module))
     value = next((names[str(attribute)] for names in held if str(attribute) in names), None)
     for label in trail:
-        value = (parts(value) or {}).get(label)
+        value = value if label is Mark.ADDED else (parts(value) or {}).get(label)
     return value
+
+
+def dotted(place: Place) -> str:
+    """A place in a denoiser, as one would write it."""
+    path, attribute, *trail = (label.value if isinstance(label, Mark) else str(label) for label in place)
+    return ".".join([*(part for part in (path, attribute) if part), *trail]) or "the denoiser itself"
 
 
 #: What a fingerprint has looked into, by id: where, and the object, whose id no other takes meanwhile.
@@ -148,25 +170,25 @@ def _tensor(value: Tensor) -> Any:
 
 def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
     """Equal as long as nothing in a value was replaced. What is in a second place, or in itself, is looked into once."""
-    if isinstance(value, SCALARS):
+    kind = type(value)
+    if issubclass(kind, SCALARS):
         return value if value == value else _Again(("nan",))  # which is not equal to itself
-    if type(value) in (tuple, list) and all(type(part) in _PLAIN for part in value):
-        return type(value), *value
-    if isinstance(value, Tensor):
+    if kind in (tuple, list) and all(type(part) in _PLAIN for part in value):
+        return kind, *value
+    if issubclass(kind, Tensor):
         return _tensor(value)
-    if isinstance(value, (np.ndarray, np.generic)) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
-        return value.dtype.str, value.shape, value.tobytes()
-    if not depth or isinstance(value, (nn.Module, type)) or any(kind.__name__ in _OTHERS for kind in type(value).__mro__):
+    if issubclass(kind, (np.ndarray, np.generic)) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
+        return value.dtype.str, value.shape, hash(value.tobytes())
+    if not depth or issubclass(kind, (nn.Module, type)) or any(base.__name__ in _OTHERS for base in kind.__mro__):
         return _Same(value)
     if id(value) in seen:
         return _Again(seen[id(value)][0])
-    container = isinstance(value, CONTAINERS)
+    container = issubclass(kind, CONTAINERS)
     if (found := parts(value)) is None:
-        return _shallow(value) if container else _Same(value)
+        return _shallow(value) if container else _Same(value, whole=True)
     seen[id(value)] = place, value
     tokens = {label: _token(part, seen, (*place, label), depth - 1) for label, part in found.items()}
-    order = tuple(tokens) if container else tuple(sorted(map(str, tokens)))
-    return _Parts(type(value) if container else _Same(value), order, tokens)
+    return _Parts(kind, tuple(tokens), tokens) if container else _Parts(_Same(value), (), tokens)
 
 
 def _shallow(value: Any) -> Any:

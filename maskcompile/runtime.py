@@ -33,7 +33,7 @@ from maskcompile.compile import Backend, saved_regions
 from maskcompile.conditioning import Conditioning
 from maskcompile.dropin import DropIn
 from maskcompile.fallback import ModuleRun, ModuleStep, Uncaptured
-from maskcompile.fingerprint import Fingerprint, Place, changes, fingerprint
+from maskcompile.fingerprint import Fingerprint, Place, changes, dotted, fingerprint
 from maskcompile.graphs import SignatureGraphs
 from maskcompile.mask import Mask, check_blocks, check_mask
 from maskcompile.replay import MOST_ARENAS, Arena, Lease, LeaseLost, addresses, obstacle
@@ -165,6 +165,7 @@ class OptimizedDenoiser(DropIn):
         self._marked: set[str] = set()
         self._fingerprint: Fingerprint = {}
         self._volatile: set[Place] = set()
+        self._unnoted: set[Key] = set()
         self._why: set[Place] = set()
         self.forward = self._make_forward()
         self.set_mask(mask)
@@ -305,10 +306,25 @@ class OptimizedDenoiser(DropIn):
                 step = schedule.step(position)
                 if lease is not None:
                     return step, lease.prepare(position, inputs), ()
+                if isinstance(step, ModuleStep) and trajectory.key in self._unnoted:
+                    return step, *self._noted(trajectory.key, step, inputs, trajectory.cache)
                 return step, *step(inputs, trajectory.cache)
         if lease is not None:
             return step, lease.replay(position, inputs), ()
         return step, *step(inputs, trajectory.cache)
+
+    def _noted(
+        self, key: Key, step: Step | ModuleStep, inputs: tuple[Tensor, ...], cache: tuple[Any, ...]
+    ) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
+        """The first call of a denoiser that could not be captured. Its forward runs at every step, and may change more of the
+        attributes that it changes here."""
+        before = fingerprint(self.original)
+        result = step(inputs, cache)
+        after = fingerprint(self.original)
+        self._volatile |= {place[:2] for place in changes(before, after)}
+        self._fingerprint = after
+        self._unnoted.discard(key)
+        return result
 
     def _may_go_on(self, where: Where) -> bool:
         """Whether a run of this thread can be the one that the call belongs to.
@@ -474,7 +490,6 @@ class OptimizedDenoiser(DropIn):
     def _try_capture(self, call: Call) -> None:
         """Capture the denoiser, or note that its blocks have to be skipped module by module."""
         check_runnable(self.original)
-        before = fingerprint(self.original)
         reason = hook = find_hook(self.original)
         of_mask = False
         if hook is None:
@@ -491,8 +506,7 @@ class OptimizedDenoiser(DropIn):
             self._warned_uncaptured = True
             self._uncaptured[call.key] = Uncaptured.of(call, reason, hook is not None, of_mask)
             self._fingerprint = fingerprint(self.original)
-            # Its forward runs at every step, and may change more of an attribute then.
-            self._volatile |= {place[:2] for place in changes(before, self._fingerprint)}
+            self._unnoted.add(call.key)
 
     def _capture(self, call: Call, batch: Mapping[int, int] | None = None) -> SignatureGraphs:
         check_capturable(self.original)
@@ -539,7 +553,7 @@ class OptimizedDenoiser(DropIn):
         if not (why := self._changed()):
             return False
         self._recaptures += 1
-        if again := sorted(map(_dotted, why & self._why)):
+        if again := sorted(map(dotted, why & self._why)):
             if not self._warned_again:
                 _warn(
                     f"{type(self.original).__name__} was captured {self._recaptures + 1} times, because {again[0]} is set anew "
@@ -547,6 +561,7 @@ class OptimizedDenoiser(DropIn):
                 )
             self._warned_again = True
         self._why = why
+        self._volatile = {place for place in self._volatile if not any(place[: len(other)] == other for other in why)}
         self._captures.clear()
         self._uncaptured.clear()
         self._schedules.clear()
@@ -787,12 +802,6 @@ class OptimizedDenoiser(DropIn):
 
 def _unpickle(original: nn.Module, mask: Mask, choices: dict[str, Any]) -> OptimizedDenoiser:
     return OptimizedDenoiser(original, mask, **choices)
-
-
-def _dotted(place: Place) -> str:
-    """A place in a denoiser, as one would write it."""
-    path, attribute, *trail = map(str, place)
-    return ".".join([*(part for part in (path, attribute) if part), *trail]) or "the denoiser itself"
 
 
 def _warn(message: str, deeper: int = 0) -> None:

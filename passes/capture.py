@@ -27,7 +27,18 @@ from torch.utils import _pytree as pytree
 
 from passes.macs import count_macs
 from passes.sizes import Sizes, guards_of, is_size, read_at_the_inputs, solve, symbols_of
-from passes.state import Snapshot, kept_buffers, kept_state, restore, snapshot
+from passes.state import (
+    Change,
+    buffers_of,
+    changed,
+    counted_on,
+    kept_buffers,
+    kept_state,
+    put_back,
+    restore_buffers,
+    snapshot,
+    undone,
+)
 
 _LIBRARY = torch.library.Library("maskcompile", "DEF")
 _LIBRARY.define("mark(Tensor x, str block, int call, int index) -> Tensor")
@@ -146,12 +157,13 @@ def capture(
     batch: capture for any batch: which tensors, by their positions in pytree order, have it as their first dimension, with what
     that is at another batch. The denoiser is captured at that other one where the given one is 1, and both are checked.
 
-    The model is run once before (some denoisers fill caches of constants at their first call, which must not happen under
-    fake tensors), and left as it was: hooks removed, attributes and buffers restored. The captured graph is checked against
-    that run.
+    The model is run once before (some denoisers fill tables of constants at their first call, which must not happen under
+    fake tensors), and what that run leaves in its buffers and attributes stays. Tracing leaves no fake tensors there, and where
+    the capture fails, all is as it was. The captured graph is checked against that run.
 
     Raises CaptureError when the denoiser cannot be exported, writes to its buffers or inputs, gives other values once captured,
-    or depends on its batch; whatever the model itself raises on these inputs is raised as it is.
+    or depends on its batch or on what it keeps of earlier calls; whatever the model itself raises on these inputs is raised as
+    it is.
     """
 
     def export(expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: Mapping[int, int]) -> Made:
@@ -210,35 +222,45 @@ def captured_at(
     kwargs: Mapping[str, Any],
     batch: Mapping[int, int] | None,
     make: Callable[[Any, tuple[Any, ...], dict[str, Any], Mapping[int, int]], Made],
+    known: bool = False,
 ) -> Capture:
     """What ``capture`` does around exporting.
 
     make: (what the model returned, args, kwargs, positions of the tensors whose first dimension is to be a symbol) -> a graph.
+    known: that the model does not go by what it keeps of earlier calls.
     """
     name = type(model).__name__
     given = {} if batch is None else {i: t.shape[0] for i, t in enumerate(_tensors(args, kwargs)) if i in batch}
     at, other = (batch, given) if batch is not None and 1 in given.values() else (given, batch)
-
     with torch.inference_mode(False), torch.no_grad():
-        own_args, own_kwargs = _cloned(args, kwargs, at)
-        with kept_buffers(model), _noting_code() as code:
-            expected = model(*own_args, **own_kwargs)
-        own_args, own_kwargs = _cloned(args, kwargs, at)
-        with kept_state(model):
-            graph_module, out_spec, calls, sample = make(expected, own_args, own_kwargs, at)
+        attributes, buffers, of_run = snapshot(model), buffers_of(model), None
         try:
-            captured = _read(graph_module, own_args, own_kwargs, out_spec, calls, sample)
-            _check(captured, own_args, own_kwargs, expected, name)
-        except (CaptureError, MemoryError, torch.OutOfMemoryError):
+            own_args, own_kwargs = _cloned(args, kwargs, at)
+            with _noting_code() as code:
+                expected = model(*own_args, **own_kwargs)
+            of_run = changed(attributes)
+            own_args, own_kwargs = _cloned(args, kwargs, at)
+            with kept_state(model):
+                graph_module, out_spec, calls, sample = make(expected, own_args, own_kwargs, at)
+            try:
+                captured = _read(graph_module, own_args, own_kwargs, out_spec, calls, sample)
+                _check(captured, own_args, own_kwargs, expected, name)
+            except (CaptureError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of torch, which documents none
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise CaptureError(f"{name} does not run once captured: {reason}") from error
+            if of_run and not known:
+                _check_again(captured, model, own_args, own_kwargs, of_run)
+            if batch is not None:
+                captured = _any_batch(captured, own_args, own_kwargs, name)
+                own_args, own_kwargs = _cloned(args, kwargs, other or {})
+                if sizes_of(captured, _tensors(own_args, own_kwargs)) is not None:
+                    check_call(captured, model, own_args, own_kwargs)
+        except BaseException:
+            put_back(changed(attributes) if of_run is None else of_run)
+            restore_buffers(buffers)
             raise
-        except Exception as error:  # of torch, which documents none
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CaptureError(f"{name} does not run once captured: {reason}") from error
-        if batch is not None:
-            captured = _any_batch(captured, own_args, own_kwargs, name)
-            own_args, own_kwargs = _cloned(args, kwargs, other or {})
-            if sizes_of(captured, _tensors(own_args, own_kwargs)) is not None:
-                check_call(captured, model, own_args, own_kwargs)
     return replace(captured, code=None if code is None else frozenset(code))
 
 
@@ -282,26 +304,64 @@ def check_call(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs:
         _check(captured, own_args, own_kwargs, expected, type(model).__name__)
 
 
-def check_again(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Snapshot) -> None:
+#: Calls that a denoiser is made to believe it has been through: many, and of no period that a counter is likely to have.
+_FAR = 9973
+
+
+def _check_again(
+    captured: Capture, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], of_run: Sequence[Change]
+) -> None:
     """Raises CaptureError for a model that goes by what it keeps of an earlier call, as the graph would for ever.
 
-    It is run with the attributes that it had ``before``, on other values: those of the arguments in reverse order, which are
-    of the same range. Its attributes are put back.
+    of_run: what a first run changed. It is undone, and the model run on other values, which are of the same range. Where it
+    changed numbers, it is also run with those that it has now, and as if it had been called many times. Attributes are put
+    back.
     """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            leaves[place] = leaf.flip(tuple(range(leaf.dim())))
-    now = snapshot(model)
-    restore(before)
-    try:
-        check_call(captured, model, *pytree.tree_unflatten(leaves, spec))
-    except CaptureError:
-        raise
-    except Exception:  # of the model, which may not take these values; nothing is known then
+    if any(tensor.is_meta for tensor in _tensors(args, kwargs)):
         return
-    finally:
-        restore(now)
+    others, many = None, counted_on(of_run, _FAR)
+    for vary in (_other, _other_real):
+        try:
+            others = pytree.tree_map(vary, (args, kwargs))
+            with undone(model):
+                put_back(of_run)
+                check_call(captured, model, *others)
+            break
+        except (CaptureError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # of the model, which may not take these values
+            others = None
+    if others is None or not many:
+        return
+    for state in ([], many):
+        with undone(model):
+            put_back(state)
+            try:
+                check_call(captured, model, *others)
+            except (CaptureError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of the model
+                raise CaptureError(f"{type(model).__name__} goes by numbers that its own forward changes ({error}).") from error
+
+
+def _other_real(leaf: Any) -> Any:
+    return _other(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _other(leaf: Any) -> Any:
+    """A tensor of other values in the same range: in reverse order, or half as large, or one half for 0.
+
+    Integers in reverse order of the first dimension alone: along others, places of a table may not be those of the same one.
+    """
+    if not isinstance(leaf, Tensor) or leaf.dtype == torch.bool or leaf.is_complex():
+        return leaf
+    real = leaf.is_floating_point()
+    reverse = leaf.flip(tuple(range(leaf.dim() if real else min(leaf.dim(), 1))))
+    if not torch.equal(reverse, leaf):
+        return reverse
+    if not real:
+        return torch.div(leaf, 2, rounding_mode="floor")
+    return leaf / 2 if leaf.any() else torch.full_like(leaf, 0.5)
 
 
 def constants(captured: Capture) -> set[int]:

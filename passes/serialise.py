@@ -81,8 +81,8 @@ def restore(
 ) -> Capture:
     """The capture of ``model(*args, **kwargs)`` that ``serialise`` was given, on the weights of ``model``.
 
-    The model is run once, and left as it was. Raises CaptureError where it is no capture of this denoiser, and where it returns
-    anything else than the denoiser does; whatever the model itself raises on these inputs is raised as it is.
+    The model is run once, and left as it was where this fails. Raises CaptureError where it is no capture of this denoiser, and
+    where it returns anything else than the denoiser does; whatever the model itself raises on these inputs is raised as it is.
     """
 
     def make(expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: Mapping[int, int]) -> Made:
@@ -100,7 +100,7 @@ def restore(
             name, reason = type(model).__name__, str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CaptureError(f"a stored capture is none of this {name}: {reason}") from error
 
-    return captured_at(model, args, kwargs, None, make)
+    return captured_at(model, args, kwargs, None, make, known=True)
 
 
 def _rebuilt(

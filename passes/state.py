@@ -6,12 +6,13 @@ A capture must neither change it nor, where a forward goes by it, take it for co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MemberDescriptorType, ModuleType
-from typing import Any
-from weakref import WeakKeyDictionary
+from functools import partial
+from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any, NamedTuple
+from weakref import ProxyTypes, WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +34,25 @@ _FOREIGN = frozenset(
     | {"socket", "subprocess", "threading", "tqdm", "weakref"}
 )
 
+#: Functions that torch.compile makes: what they close over is torch's own, and changes as it compiles.
+_OF_TORCH = frozenset({"_compile", "_dynamo", "_functorch", "_inductor"})
+
 Container = dict[Any, Any] | list[Any] | deque[Any] | set[Any]
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The attributes of an object that lie in slots, read and written past whatever its class makes of them."""
+    """What an object has in slots, or a cell of a closure in it, read and written past whatever its class makes of them."""
 
     owner: Any
-    members: tuple[MemberDescriptorType, ...]
+    members: tuple[MemberDescriptorType | GetSetDescriptorType, ...]
 
     def read(self) -> dict[Any, Any]:
         found = {}
         for member in self.members:
             try:
                 found[member] = member.__get__(self.owner)
-            except AttributeError:  # it is not set
+            except (AttributeError, ValueError):  # it is not set
                 continue
         return found
 
@@ -58,37 +62,66 @@ Snapshot = list[tuple[Container | Slots, Any, bool]]
 
 
 def parts(value: Any) -> dict[Hashable, Any] | None:
-    """What a container or plain object holds, by key, position or name; None for what is taken as a whole.
+    """What a container, function or plain object holds, by key, position or name; None for what is taken as a whole.
 
-    Mappings but dicts are not read: accelerate's load weights from disk.
+    Of functions, what they are bound to and close over. Mappings but dicts are not read: accelerate's load weights from disk.
+    Nothing is asked of the object itself, which may be anything.
     """
-    if isinstance(value, CONTAINERS):
+    kind = type(value)
+    found: dict[Hashable, Any] = {}
+    if issubclass(kind, CONTAINERS):
         if len(value) > MOST_PARTS:
             return None
-        items = dict.items(value) if isinstance(value, dict) else enumerate(value)
-        return {_label(key, position): part for position, (key, part) in enumerate(items)}
-    if isinstance(value, (*SCALARS, nn.Module, Tensor, type, ModuleType)) or _whole(type(value)):
+        for position, (key, part) in enumerate(list(dict.items(value) if issubclass(kind, dict) else enumerate(value))):
+            label = _label(key, position)
+            found[label] = part
+            if label is not key:
+                found["key", position] = key
+        if kind not in CONTAINERS:
+            found.update({("attribute", name): part for name, part in _attributes(value).items()})
+        return found
+    if kind is MethodType:
+        return {"__self__": value.__self__, "__func__": value.__func__}
+    if kind is FunctionType:
+        if _of_torch(value):
+            return None
+        found = dict(enumerate(value.__closure__ or ()))
+        found.update({"__defaults__": value.__defaults__, "__kwdefaults__": value.__kwdefaults__})
+    elif issubclass(kind, partial):
+        found = {"func": value.func, "args": value.args, "keywords": value.keywords}
+    elif issubclass(kind, (*SCALARS, nn.Module, Tensor, type, ModuleType)) or _known_of(kind).whole or not _has_own(value):
         return None
-    inner, slots = _dict_of(value), _slots_of(value)
-    if inner is None and slots is None:
-        return None
-    found: dict[Hashable, Any] = {}
-    found.update(inner or {})
-    found.update({member.__name__: part for member, part in (slots.read() if slots else {}).items()})
+    found.update(_attributes(value))
     return found if len(found) <= MOST_PARTS else None
 
 
-def _whole(kind: type) -> bool:
+def _of_torch(function: FunctionType) -> bool:
+    """By where it was defined, which a decorator's ``__module__`` does not say."""
+    names = str(function.__globals__.get("__name__")).split(".")
+    return names[0] == "torch" and names[1:2] != [] and names[1] in _OF_TORCH
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Of a class: whether its instances are taken as a whole, and the slots that they have."""
+
+    whole: bool
+    members: tuple[MemberDescriptorType | GetSetDescriptorType, ...]
+
+
+#: As long as the classes live.
+_known: WeakKeyDictionary[type, _Known] = WeakKeyDictionary()
+
+
+def _known_of(kind: type) -> _Known:
     if kind not in _known:
         foreign = any(base.__module__.split(".")[0] in _FOREIGN for base in kind.__mro__)
         members = [member for base in kind.__mro__ if "__slots__" in vars(base) for member in vars(base).values()]
         slots = tuple(member for member in members if isinstance(member, MemberDescriptorType))
-        _known[kind] = hasattr(kind, "__get__") or foreign, slots
-    return _known[kind][0]
-
-
-#: class -> (whether its instances are taken as a whole, the slots that they have).
-_known: WeakKeyDictionary[type, tuple[bool, tuple[MemberDescriptorType, ...]]] = WeakKeyDictionary()
+        in_cell = (vars(CellType)["cell_contents"],) if kind is CellType else ()
+        whole = hasattr(kind, "__get__") or foreign or issubclass(kind, ProxyTypes)
+        _known[kind] = _Known(whole, in_cell or slots)
+    return _known[kind]
 
 
 def inner_tensors(value: Any) -> Iterator[Tensor]:
@@ -96,7 +129,7 @@ def inner_tensors(value: Any) -> Iterator[Tensor]:
     pending, seen = [(value, DEPTH)], {}
     while pending:
         one, depth = pending.pop()
-        if isinstance(one, Tensor):
+        if issubclass(type(one), Tensor):
             yield one
         elif depth and id(one) not in seen and (found := parts(one)) is not None:
             seen[id(one)] = one
@@ -104,41 +137,89 @@ def inner_tensors(value: Any) -> Iterator[Tensor]:
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """The attributes of all modules, and what is in them, as they are, for ``restore``."""
+    """The attributes of all modules, and what is in them, as they are."""
     found: Snapshot = []
     seen: dict[int, Any] = {}
 
     def look(value: Any, depth: int) -> None:
         if not depth or id(value) in seen:
             return
-        inside, container = parts(value), isinstance(value, (dict, list, deque, set))
+        inside, container = parts(value), issubclass(type(value), (dict, list, deque, set))
         if inside is None and not container:
             return
         seen[id(value)] = value
-        if container:
-            found.append((value, _content(value), False))
-        elif not isinstance(value, (tuple, frozenset)):
-            inner, slots = _dict_of(value), _slots_of(value)
-            found.extend((held, _content(held), False) for held in (inner, slots) if held is not None)
+        holding: list[Any] = [value] if container else []
+        if type(value) not in CONTAINERS:
+            holding += [_dict_of(value), _slots_of(value)]
+        found.extend((held, _content(held), False) for held in holding if held is not None)
         for part in (inside or {}).values():
             look(part, depth - 1)
 
     for module in model.modules():
         found.append((vars(module), dict(vars(module)), True))
-        for value in vars(module).values():
+        for value in list(vars(module).values()):
             look(value, DEPTH)
     return found
 
 
-def restore(before: Snapshot) -> None:
-    """Put back what was there, where it is not."""
+class Change(NamedTuple):
+    """What was in something ``before``: of a dict or slots, only what is another now."""
+
+    held: Container | Slots
+    before: Any
+
+
+def changed(before: Snapshot) -> list[Change]:
+    """What is not as it was."""
+    found = []
     for held, content, _ in before:
+        now = _content(held)
+        if isinstance(content, dict):
+            keys = [key for key in {**now, **content} if now.get(key, _MISSING) is not content.get(key, _MISSING)]
+            if keys:
+                found.append(Change(held, {key: content.get(key, _MISSING) for key in keys}))
+        elif _ids(now) != _ids(content):
+            found.append(Change(held, content))
+    return found
+
+
+def _ids(content: list[Any] | set[Any]) -> list[int]:
+    found = list(map(id, content))
+    return sorted(found) if isinstance(content, set) else found
+
+
+def put_back(changes: Iterable[Change]) -> None:
+    for held, before in changes:
         if isinstance(held, (dict, Slots)):
-            now = held if isinstance(held, dict) else held.read()
-            wrong = [key for key in {**now, **content} if now.get(key, _MISSING) is not content.get(key, _MISSING)]
-            _put(held, content, wrong)
-        elif list(map(id, held)) != list(map(id, content)):
-            _fill(held, content)
+            _put(held, before)
+        else:
+            _fill(held, before)
+
+
+def counted_on(changes: Iterable[Change], by: int) -> list[Change]:
+    """For ``put_back``: the numbers among what was changed, as if that had been done so many times more."""
+    found = []
+    for held, before in changes:
+        now, many = _content(held), {}
+        if isinstance(now, set):
+            continue
+        for key, ago in before.items() if isinstance(before, dict) else enumerate(before):
+            there = key in now if isinstance(now, dict) else key < len(now)
+            if there and {type(now[key]), type(ago)} <= {int, float} and now[key] != ago:
+                many[key] = now[key] + by * (now[key] - ago)
+        if many:
+            found.append(Change(held, many if isinstance(now, dict) else [many.get(at, part) for at, part in enumerate(now)]))
+    return found
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Put attributes back on leaving."""
+    before = snapshot(model)
+    try:
+        yield
+    finally:
+        put_back(changed(before))
 
 
 def restore_traced(before: Snapshot) -> None:
@@ -147,10 +228,10 @@ def restore_traced(before: Snapshot) -> None:
     for held, content, of_module in before:
         if isinstance(held, (dict, Slots)):
             now = dict(held) if isinstance(held, dict) else held.read()
-            changed = {key: value for key, value in now.items() if value is not content.get(key, _MISSING)}
+            others = {key: value for key, value in now.items() if value is not content.get(key, _MISSING)}
             copies = (dict, list, tuple, set, deque) if of_module else ()
-            wrong = [key for key, value in changed.items() if (isinstance(value, copies) and key in content) or _fake(value)]
-            _put(held, content, wrong)
+            wrong = [key for key, value in others.items() if (isinstance(value, copies) and key in content) or _fake(value)]
+            _put(held, {key: content.get(key, _MISSING) for key in wrong})
         else:
             known = set(map(id, content))
             if any(_fake(value) for value in list(held) if id(value) not in known):
@@ -171,11 +252,25 @@ def kept_state(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Undo on leaving what a forward wrote to buffers. Tables that a real one fills are as good as before."""
-    tracked = (buffer for buffer in model.buffers() if not buffer.is_inference())
-    written = {buffer: (buffer._version, buffer.detach().clone()) for buffer in tracked}
+    before = buffers_of(model)
     try:
         yield
     finally:
+        restore_buffers(before)
+
+
+#: Buffers with their version and a copy.
+Buffers = dict[Tensor, tuple[int, Tensor]]
+
+
+def buffers_of(model: nn.Module) -> Buffers:
+    tracked = (buffer for buffer in model.buffers() if not buffer.is_inference())
+    return {buffer: (buffer._version, buffer.detach().clone()) for buffer in tracked}
+
+
+def restore_buffers(written: Buffers) -> None:
+    """Write to the buffers what was in them, where that is another."""
+    with torch.no_grad():
         for buffer, (version, value) in written.items():
             if buffer._version != version or not _same_bits(buffer, value):
                 buffer.copy_(value)
@@ -200,18 +295,15 @@ def _content(held: Container | Slots) -> Any:
     return set(held) if isinstance(held, set) else list(held)
 
 
-def _put(held: dict[Any, Any] | Slots, content: dict[Any, Any], keys: Sequence[Any]) -> None:
+def _put(held: dict[Any, Any] | Slots, content: dict[Any, Any]) -> None:
     """Give these keys, or slots, what they have in ``content``, or nothing."""
-    for key in keys:
-        if isinstance(held, dict):
-            if key in content:
-                held[key] = content[key]
-            else:
-                del held[key]
-        elif key in content:
-            key.__set__(held.owner, content[key])
+    for key, value in content.items():
+        if isinstance(held, Slots):
+            key.__delete__(held.owner) if value is _MISSING else key.__set__(held.owner, value)
+        elif value is _MISSING:
+            held.pop(key, None)
         else:
-            key.__delete__(held.owner)
+            held[key] = value
 
 
 def _fill(held: list[Any] | deque[Any] | set[Any], content: Any) -> None:
@@ -240,5 +332,14 @@ def _dict_of(value: Any) -> dict[str, Any] | None:
 
 def _slots_of(value: Any) -> Slots | None:
     """The slots of an object, None where its classes have none."""
-    _, members = _known[type(value)]
+    members = _known_of(type(value)).members
     return Slots(value, members) if members else None
+
+
+def _has_own(value: Any) -> bool:
+    return _dict_of(value) is not None or bool(_known_of(type(value)).members)
+
+
+def _attributes(value: Any) -> dict[Hashable, Any]:
+    slots = _slots_of(value)
+    return {**(_dict_of(value) or {}), **{member.__name__: part for member, part in (slots.read() if slots else {}).items()}}
