@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
 from enum import Enum
+from numbers import Number
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,19 +46,19 @@ class _Same:
     """Equal for one and the same object while it lives: another one that takes its place in memory is not the same.
 
     A weak reference, for a denoiser may be among its own settings (a method of its own in the place of ``forward``). What takes
-    none is kept where it is taken as a ``whole``; else it goes by its address, beside which what is in it is looked at.
+    none goes by its address, beside which what is in it is looked at; slices, which others take the place of, are kept.
     """
 
     __slots__ = ("address", "kept", "kind", "reference")
 
-    def __init__(self, value: Any, whole: bool = False) -> None:
+    def __init__(self, value: Any) -> None:
         self.kind, self.address = type(value), id(value)
         self.kept = None
         try:
             self.reference: weakref.ref[Any] | None = weakref.ref(value)
         except TypeError:
             self.reference = None
-            self.kept = value if whole else None
+            self.kept = value if issubclass(self.kind, (slice, range, Number)) else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Same) or self.kind is not other.kind or self.address != other.address:
@@ -129,6 +131,8 @@ def changes(before: Fingerprint, after: Fingerprint) -> set[Place]:
 def _differ(place: Place, before: Any, after: Any, found: set[Place]) -> None:
     if before == after:
         return
+    if type(before) is type(after) is float and math.isclose(before, after):  # PEFT multiplies scales, and divides them again
+        return
     if not (isinstance(before, _Parts) and isinstance(after, _Parts) and before.of == after.of):
         found.add(place)
         return
@@ -185,7 +189,7 @@ def _token(value: Any, seen: _Seen, place: Place, depth: int = DEPTH) -> Any:
         return _Again(seen[id(value)][0])
     container = issubclass(kind, CONTAINERS)
     if (found := parts(value)) is None:
-        return _shallow(value) if container else _Same(value, whole=True)
+        return _shallow(value) if container else _Same(value)
     seen[id(value)] = place, value
     tokens = {label: _token(part, seen, (*place, label), depth - 1) for label, part in found.items()}
     return _Parts(kind, tuple(tokens), tokens) if container else _Parts(_Same(value), (), tokens)

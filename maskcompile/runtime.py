@@ -307,23 +307,22 @@ class OptimizedDenoiser(DropIn):
                 if lease is not None:
                     return step, lease.prepare(position, inputs), ()
                 if isinstance(step, ModuleStep) and trajectory.key in self._unnoted:
-                    return step, *self._noted(trajectory.key, step, inputs, trajectory.cache)
+                    return step, *self._noted(trajectory, step, inputs)
                 return step, *step(inputs, trajectory.cache)
         if lease is not None:
             return step, lease.replay(position, inputs), ()
         return step, *step(inputs, trajectory.cache)
 
     def _noted(
-        self, key: Key, step: Step | ModuleStep, inputs: tuple[Tensor, ...], cache: tuple[Any, ...]
+        self, trajectory: Trajectory, step: ModuleStep, inputs: tuple[Tensor, ...]
     ) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
-        """The first call of a denoiser that could not be captured. Its forward runs at every step, and may change more of the
-        attributes that it changes here."""
+        """A step of the first run of a denoiser that could not be captured. Its forward runs at every step, and may change more
+        of the attributes that it changes here."""
         before = fingerprint(self.original)
-        result = step(inputs, cache)
-        after = fingerprint(self.original)
-        self._volatile |= {place[:2] for place in changes(before, after)}
-        self._fingerprint = after
-        self._unnoted.discard(key)
+        result = step(inputs, trajectory.cache)
+        self._volatile |= {place[:2] for place in changes(before, fingerprint(self.original))}
+        if trajectory.position + 1 >= len(trajectory.course):
+            self._unnoted.discard(trajectory.key)
         return result
 
     def _may_go_on(self, where: Where) -> bool:

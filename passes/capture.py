@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from passes.macs import count_macs
 from passes.sizes import Sizes, guards_of, is_size, read_at_the_inputs, solve, symbols_of
 from passes.state import (
+    Buffers,
     Change,
     buffers_of,
     changed,
@@ -159,7 +160,7 @@ def capture(
 
     The model is run once before (some denoisers fill tables of constants at their first call, which must not happen under
     fake tensors), and what that run leaves in its buffers and attributes stays. Tracing leaves no fake tensors there, and where
-    the capture fails, all is as it was. The captured graph is checked against that run.
+    the capture fails, what the run did is undone, but where it wrote to parameters. The captured graph is checked against it.
 
     Raises CaptureError when the denoiser cannot be exported, writes to its buffers or inputs, gives other values once captured,
     or depends on its batch or on what it keeps of earlier calls; whatever the model itself raises on these inputs is raised as
@@ -233,12 +234,16 @@ def captured_at(
     given = {} if batch is None else {i: t.shape[0] for i, t in enumerate(_tensors(args, kwargs)) if i in batch}
     at, other = (batch, given) if batch is not None and 1 in given.values() else (given, batch)
     with torch.inference_mode(False), torch.no_grad():
-        attributes, buffers, of_run = snapshot(model), buffers_of(model), None
+        attributes = snapshot(model)
+        buffers, weights = buffers_of(model, attributes), [(weight, _version(weight)) for weight in model.parameters()]
+        of_run = None
         try:
             own_args, own_kwargs = _cloned(args, kwargs, at)
             with _noting_code() as code:
                 expected = model(*own_args, **own_kwargs)
             of_run = changed(attributes)
+            if any(_version(weight) != version for weight, version in weights):  # which is not undone; what goes with it stays
+                of_run, buffers = [], {}
             own_args, own_kwargs = _cloned(args, kwargs, at)
             with kept_state(model):
                 graph_module, out_spec, calls, sample = make(expected, own_args, own_kwargs, at)
@@ -251,7 +256,7 @@ def captured_at(
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CaptureError(f"{name} does not run once captured: {reason}") from error
             if of_run and not known:
-                _check_again(captured, model, own_args, own_kwargs, of_run)
+                _check_again(captured, model, own_args, own_kwargs, of_run, buffers)
             if batch is not None:
                 captured = _any_batch(captured, own_args, own_kwargs, name)
                 own_args, own_kwargs = _cloned(args, kwargs, other or {})
@@ -262,6 +267,10 @@ def captured_at(
             restore_buffers(buffers)
             raise
     return replace(captured, code=None if code is None else frozenset(code))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
@@ -304,44 +313,59 @@ def check_call(captured: Capture, model: nn.Module, args: Sequence[Any], kwargs:
         _check(captured, own_args, own_kwargs, expected, type(model).__name__)
 
 
-#: Calls that a denoiser is made to believe it has been through: many, and of no period that a counter is likely to have.
-_FAR = 9973
+#: Further calls that a denoiser is made to believe it has been through: a window of steps in which it does something else is
+#: hardly between two of them.
+_FURTHER = 1, 2, 4, 7, 12, 23, 45, 9973
 
 
 def _check_again(
-    captured: Capture, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], of_run: Sequence[Change]
+    captured: Capture,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    of_run: Sequence[Change],
+    buffers: Buffers,
 ) -> None:
     """Raises CaptureError for a model that goes by what it keeps of an earlier call, as the graph would for ever.
 
-    of_run: what a first run changed. It is undone, and the model run on other values, which are of the same range. Where it
-    changed numbers, it is also run with those that it has now, and as if it had been called many times. Attributes are put
-    back.
+    of_run, buffers: what a first run changed, and what was in buffers. That is undone, and the model run on other values, which
+    are of the same range; then twice in a row from what it is now; and where it counts, as if it had been called more often.
+    All is put back. An error of the model at values or counts that it would not come to says nothing.
     """
     if any(tensor.is_meta for tensor in _tensors(args, kwargs)):
         return
-    others, many = None, counted_on(of_run, _FAR)
+    others = None
     for vary in (_other, _other_real):
         try:
             others = pytree.tree_map(vary, (args, kwargs))
-            with undone(model):
+            own_args, own_kwargs = _cloned(others[0], others[1], {})
+            with undone(model), kept_buffers(model):
                 put_back(of_run)
-                check_call(captured, model, *others)
+                restore_buffers(buffers)
+                expected = model(*own_args, **own_kwargs)
+            own_args, own_kwargs = _cloned(others[0], others[1], {})
+            _check(captured, own_args, own_kwargs, expected, type(model).__name__)
             break
         except (CaptureError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # of the model, which may not take these values
+        except Exception:  # of the model
             others = None
-    if others is None or not many:
+    if others is None:
         return
-    for state in ([], many):
+    try:
         with undone(model):
-            put_back(state)
-            try:
+            check_call(captured, model, *others)
+            check_call(captured, model, args, kwargs)
+        for calls in _FURTHER:
+            if not (later := counted_on(of_run, calls)):
+                return
+            with undone(model):
+                put_back(later)
                 check_call(captured, model, *others)
-            except (CaptureError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # of the model
-                raise CaptureError(f"{type(model).__name__} goes by numbers that its own forward changes ({error}).") from error
+    except (CaptureError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # of the model
+        return
 
 
 def _other_real(leaf: Any) -> Any:

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
+from functools import lru_cache, partial
+from inspect import getattr_static
+from types import CellType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from weakref import ProxyTypes, WeakKeyDictionary
 
@@ -64,8 +65,9 @@ Snapshot = list[tuple[Container | Slots, Any, bool]]
 def parts(value: Any) -> dict[Hashable, Any] | None:
     """What a container, function or plain object holds, by key, position or name; None for what is taken as a whole.
 
-    Of functions, what they are bound to and close over. Mappings but dicts are not read: accelerate's load weights from disk.
-    Nothing is asked of the object itself, which may be anything.
+    Of functions, what they close over and the containers among the globals that they name; of methods, the attributes that they
+    name, for what they are bound to may be a whole application. Mappings but dicts are not read: accelerate's load weights from
+    disk. Nothing is asked of the object itself, which may be anything.
     """
     kind = type(value)
     found: dict[Hashable, Any] = {}
@@ -81,18 +83,47 @@ def parts(value: Any) -> dict[Hashable, Any] | None:
             found.update({("attribute", name): part for name, part in _attributes(value).items()})
         return found
     if kind is MethodType:
-        return {"__self__": value.__self__, "__func__": value.__func__}
+        return _of_method(value)
     if kind is FunctionType:
         if _of_torch(value):
-            return None
+            inner = vars(value).get("_torchdynamo_orig_callable")
+            return None if inner is None else {"_torchdynamo_orig_callable": inner}
         found = dict(enumerate(value.__closure__ or ()))
         found.update({"__defaults__": value.__defaults__, "__kwdefaults__": value.__kwdefaults__})
+        named = ((name, value.__globals__.get(name)) for name in value.__code__.co_names)
+        found.update({("global", name): part for name, part in named if issubclass(type(part), CONTAINERS)})
     elif issubclass(kind, partial):
         found = {"func": value.func, "args": value.args, "keywords": value.keywords}
     elif issubclass(kind, (*SCALARS, nn.Module, Tensor, type, ModuleType)) or _known_of(kind).whole or not _has_own(value):
         return None
     found.update(_attributes(value))
     return found if len(found) <= MOST_PARTS else None
+
+
+def _of_method(method: MethodType) -> dict[Hashable, Any]:
+    owner, function = method.__self__, method.__func__
+    if type(function) is not FunctionType or issubclass(type(owner), (*CONTAINERS, nn.Module, type, ModuleType)):
+        return {"__self__": owner, "__func__": function}
+    attributes = {} if _known_of(type(owner)).whole else _attributes(owner)
+    names = _names(function.__code__, type(owner))  # type: ignore[arg-type]
+    return {"__func__": function, **{name: part for name, part in attributes.items() if name in names}}
+
+
+@lru_cache(maxsize=1024)
+def _names(code: CodeType, kind: type) -> frozenset[str]:
+    """What the code of a method names, and that of other methods of its class which it names."""
+    names: set[str] = set()
+    pending, seen = [code], {code}
+    while pending:
+        one = pending.pop()
+        names.update(one.co_names)
+        methods = (getattr_static(kind, name, None) for name in one.co_names)
+        functions = (getattr(method, "fget", method) for method in methods)  # of a property
+        inner = [function.__code__ for function in functions if isinstance(function, FunctionType)]
+        inner += [constant for constant in one.co_consts if isinstance(constant, CodeType)]
+        pending.extend(other for other in inner if other not in seen)
+        seen.update(inner)
+    return frozenset(names)
 
 
 def _of_torch(function: FunctionType) -> bool:
@@ -141,16 +172,25 @@ def snapshot(model: nn.Module) -> Snapshot:
     found: Snapshot = []
     seen: dict[int, Any] = {}
 
+    own = set(map(id, model.modules()))
+
     def look(value: Any, depth: int) -> None:
-        if not depth or id(value) in seen:
+        if not depth or id(value) in seen or id(value) in own:
+            return
+        if issubclass(type(value), nn.Module):  # of somebody else, whom a hook hands what it sees
+            seen[id(value)] = value
+            found.append((vars(value), dict(vars(value)), False))
+            for part in list(vars(value).values()):
+                look(part, depth - 1)
             return
         inside, container = parts(value), issubclass(type(value), (dict, list, deque, set))
         if inside is None and not container:
             return
         seen[id(value)] = value
         holding: list[Any] = [value] if container else []
-        if type(value) not in CONTAINERS:
-            holding += [_dict_of(value), _slots_of(value)]
+        owner = value.__self__ if type(value) is MethodType else value
+        if type(owner) not in CONTAINERS and not issubclass(type(owner), (nn.Module, type, ModuleType)):
+            holding += [] if _known_of(type(owner)).whole and owner is not value else [_dict_of(owner), _slots_of(owner)]
         found.extend((held, _content(held), False) for held in holding if held is not None)
         for part in (inside or {}).values():
             look(part, depth - 1)
@@ -203,8 +243,9 @@ def counted_on(changes: Iterable[Change], by: int) -> list[Change]:
         now, many = _content(held), {}
         if isinstance(now, set):
             continue
-        for key, ago in before.items() if isinstance(before, dict) else enumerate(before):
+        for key, value in list(before.items() if isinstance(before, dict) else enumerate(before)):
             there = key in now if isinstance(now, dict) else key < len(now)
+            ago = 0 if value is None or value is _MISSING else value  # it began to count
             if there and {type(now[key]), type(ago)} <= {int, float} and now[key] != ago:
                 many[key] = now[key] + by * (now[key] - ago)
         if many:
@@ -251,25 +292,30 @@ def kept_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what a forward wrote to buffers. Tables that a real one fills are as good as before."""
-    before = buffers_of(model)
+    """Undo on leaving what a forward wrote to buffers and other tensors that it keeps. Tables that a real one fills are as good
+    as before."""
+    before = buffers_of(model, snapshot(model))
     try:
         yield
     finally:
         restore_buffers(before)
 
 
-#: Buffers with their version and a copy.
+#: Tensors with their version and a copy.
 Buffers = dict[Tensor, tuple[int, Tensor]]
 
 
-def buffers_of(model: nn.Module) -> Buffers:
-    tracked = (buffer for buffer in model.buffers() if not buffer.is_inference())
-    return {buffer: (buffer._version, buffer.detach().clone()) for buffer in tracked}
+def buffers_of(model: nn.Module, attributes: Snapshot) -> Buffers:
+    """Buffers, and the other tensors among the attributes but for parameters, of which a copy might take too much memory."""
+    contents = (content.values() if isinstance(content, dict) else content for _, content, _ in attributes)
+    plain = (value for content in contents for value in content if issubclass(type(value), Tensor))
+    tensors = (tensor for tensor in (*model.buffers(), *plain) if not isinstance(tensor, (nn.Parameter, FakeTensor)))
+    tracked = {id(tensor): tensor for tensor in tensors if not tensor.is_inference()}
+    return {tensor: (tensor._version, tensor.detach().clone()) for tensor in tracked.values()}
 
 
 def restore_buffers(written: Buffers) -> None:
-    """Write to the buffers what was in them, where that is another."""
+    """Write to them what was in them, where that is another."""
     with torch.no_grad():
         for buffer, (version, value) in written.items():
             if buffer._version != version or not _same_bits(buffer, value):

@@ -6,6 +6,7 @@ import copy
 import enum
 import threading
 import weakref
+from collections import deque
 from functools import partial
 
 import diffusers
@@ -393,22 +394,84 @@ class Gate:
         return 3 * x if on else x
 
 
-GATES = [lambda n: n < 2, lambda n: n < 40, lambda n: n % 2, lambda n: n % 3 == 2, [1, 0, 0, 1, 0, 1, 1, 0].__getitem__]
+class ClassGate(Gate):
+    """Counts from what its class has."""
+
+    step = 0
+
+    def __init__(self, on):
+        self.on = on
+
+
+class LazyGate(Gate):
+    def __init__(self, on):
+        self.on = on
+
+    def __call__(self, x):
+        self.step = getattr(self, "step", 0)
+        return super().__call__(x)
+
+
+class Extrapolating:
+    """A step cache that goes by the last two calls once it has them."""
+
+    def __init__(self, on):
+        self.history = deque(maxlen=2)
+
+    def __call__(self, x):
+        self.history.append(x)
+        return 2 * self.history[1] - self.history[0] if len(self.history) == 2 else x
+
+
+def within(low, high):
+    return lambda n: low <= n < high
+
+
+GATES = [within(0, 2), within(0, 40), within(4, 50), within(5, 10), within(10, 40), lambda n: n % 2, lambda n: n % 3 == 2]
+GATES += [[1, 0, 0, 1, 0, 1, 1, 0].__getitem__]
 
 
 @pytest.mark.parametrize("on", GATES)
-def test_a_processor_that_counts_steps_is_not_captured(on):
-    """As those of prompt-to-prompt do."""
-    model, reference = Calling(Gate(on)).eval(), Calling(Gate(on)).eval()
+@pytest.mark.parametrize("kind", [Gate, ClassGate, LazyGate])
+def test_a_processor_that_counts_steps_is_not_captured(kind, on):
+    """As those of prompt-to-prompt and MasaCtrl do."""
+    follows_its_state(kind, on)
+
+
+def test_a_processor_that_extrapolates_is_not_captured():
+    follows_its_state(Extrapolating, None)
+
+
+def follows_its_state(kind, on):
+    model, reference = Calling(kind(on)).eval(), Calling(kind(on)).eval()
     reference.load_state_dict(model.state_dict())
     fast = optimised(model)
     with pytest.warns(UserWarning, match="skipped module by module"):
         fast.warmup(*inputs())
-    model.processor.step = 0
+    model.processor = kind(on)
     for timestep in STEPS * 2:
         x, t = inputs(timestep=timestep)
         assert torch.equal(fast(x, t), reference(x, t))
-    assert not fast.report().recaptures
+
+
+class Preallocated:
+    """Keeps what it sees in a list with room for so many steps."""
+
+    def __init__(self):
+        self.step, self.maps = 0, [None] * 50
+
+    def __call__(self, x):
+        self.maps[self.step] = x * 1.0
+        self.step += 1
+        return x
+
+
+def test_a_count_that_an_error_ends_is_no_state():
+    model = Calling(Preallocated()).eval()
+    fast = optimised(model)
+    x, t = inputs()
+    assert torch.equal(fast(x, t), model(x, t))
+    assert not fast.report().uncaptured
 
 
 def test_a_count_that_decides_nothing_is_no_state():
@@ -556,3 +619,151 @@ def test_what_grows_is_known_after_another_setting_changed():
         model(*inputs(batch))
         assert follows(fast, model)
     assert fast.report().recaptures == 1
+
+
+class Folding(Chain):
+    """Folds a scale into a weight, or into a tensor that it keeps, at its first call."""
+
+    def __init__(self, what, refused):
+        super().__init__()
+        self.folded, self.table = False, torch.ones(4)
+        self.fold = {"weight": lambda: self.a.up.weight, "tensor": lambda: self.table}[what]
+        self.refused = refused
+
+    def forward(self, sample, timestep):
+        if not self.folded:
+            self.fold().mul_(2)
+            self.folded = True
+        if self.refused and sample.sum() > 0:
+            sample = sample * 2
+        return super().forward(sample * self.table, timestep)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("what", ["weight", "tensor"])
+def test_what_a_first_call_folds_is_folded_once(what, refused):
+    model, reference = Folding(what, refused).eval(), Folding(what, refused).eval()
+    reference.load_state_dict(model.state_dict())
+    fast = optimised(model)
+    with torch.no_grad():
+        for timestep in STEPS:
+            x, t = inputs(timestep=timestep)
+            assert torch.equal(fast(x, t), reference(x, t))
+        assert torch.equal(model(x, t), reference(x, t))
+    assert bool(fast.report().uncaptured) is refused
+
+
+class Multiplying(Chain):
+    """Multiplies a setting for the time of a call, as PEFT's ``cross_attention_kwargs={"scale": ...}`` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaling = {"a": 0.1}
+
+    def forward(self, sample, timestep):
+        self.scaling["a"] *= 0.1
+        result = super().forward(sample, timestep) * self.scaling["a"]
+        self.scaling["a"] /= 0.1
+        return result
+
+
+def test_a_setting_that_is_multiplied_and_divided_again_may_be_set():
+    model = Multiplying().eval()
+    fast = optimised(model)
+    x, t = inputs()
+    fast(x, t)
+    assert model.scaling["a"] != 0.1
+    fast.reset()
+    fast(x, t)
+    assert not fast.report().recaptures
+    model.scaling["a"] = 5.0
+    fast.reset()
+    torch.testing.assert_close(fast(x, t), model(x, t))
+    assert fast.report().recaptures == 1
+
+
+FEATURES = {}
+
+
+def into_a_global(module, args, output):
+    FEATURES["b"] = output
+
+
+class Extractor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = {}
+
+    def hook(self, module, args, output):
+        self.features["b"] = output
+
+
+def test_features_in_globals_and_modules_are_real():
+    model, extractor = Chain().eval(), Extractor()
+    model.b.register_forward_hook(into_a_global)
+    model.b.register_forward_hook(extractor.hook)
+    optimised(model)(*inputs())
+    for features in (FEATURES, extractor.features):
+        assert type(features.pop("b")) is torch.Tensor
+
+
+class Application:
+    """What a hook is bound to may be anything, and do anything meanwhile."""
+
+    def __init__(self):
+        self.gain, self.pictures = 1.0, 0
+
+    def hook(self, module, args, output):
+        return self.scaled(output)
+
+    def scaled(self, output):
+        return output * self.gain
+
+
+def test_of_what_a_hook_is_bound_to_what_it_names_counts():
+    model, application = Chain().eval(), Application()
+    model.b.register_forward_hook(application.hook)
+    fast = optimised(model)
+    for _ in range(3):
+        application.pictures += 1
+        assert follows(fast, model)
+    assert not fast.report().recaptures
+    application.gain = 3.0
+    assert follows(fast, model)
+    assert fast.report().recaptures == 1
+
+
+@pytest.mark.parametrize("wrap", [torch.compiler.disable, lambda hook: torch.compile(hook, backend="eager"), torch.no_grad()])
+def test_what_torch_wraps_is_looked_into(wrap):
+    model, editor = Chain().eval(), Editor()
+    model.b.register_forward_hook(wrap(lambda module, args, output: output * editor.strength))
+    fast = optimised(model)
+    assert follows(fast, model)
+    editor.strength = 3.0
+    assert follows(fast, model)
+
+
+class Late(Chain):
+    """Refused, and changes an attribute at its third call first."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.saved = 0, None
+
+    def forward(self, sample, timestep):
+        self.calls += 1
+        if self.calls == 3:
+            self.saved = sample
+        return super().forward(sample, timestep) * (2.0 if self.calls % 2 else 1.0)
+
+
+def test_what_a_refused_denoiser_changes_later_in_a_run_is_its_own(counted):
+    model = Late().eval()
+    fast = optimised(model)
+    for _ in range(3):
+        model.calls = 0
+        for timestep in STEPS:
+            fast(*inputs(timestep=timestep))
+    assert fast.report().uncaptured
+    assert not fast.report().recaptures
+    assert len(counted) == 1
